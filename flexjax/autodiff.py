@@ -1,0 +1,378 @@
+"""How JAX's transformations act on an attention.
+
+Three primitives stand between `flex_attention` and the backends:
+
+- `Attention` computes a problem with the chosen backend.
+- `AttentionBackward` computes the gradients of its operands, with the same backend.
+- `AttentionTangent` maps tangents of the operands to tangents of the result. It is linear in the tangents,
+  and its transpose is `AttentionBackward`.
+
+Reverse mode of `Attention` is a `jax.custom_vjp` function's: keep the output and the logsumexp, run the
+backend's backward pass on them. Forward mode is `AttentionTangent`, computed by the xla backend, whose loops
+JAX pushes tangents through. `jax.checkpoint` differentiates forwards and transposes the result, and so ends up
+in the backend's backward pass too. Differentiating `AttentionBackward` or `AttentionTangent` themselves gives
+second derivatives; both do it through the xla backend with loops of fixed length.
+
+Under `jax.vmap` the mapped axis is folded into the batch: row n * B + b. Mods see the row b that the user
+meant (`mods/transform.py`), arrays that they captured per lane gain a leading axis, and what is shared by
+all lanes is not copied unless a gradient for every lane is wanted.
+
+The output and the logsumexp are named "flexjax_out" and "flexjax_lse" for `jax.checkpoint` policies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flexjax import _compat
+from flexjax.backends import xla
+from flexjax.backends.registry import BACKENDS
+from flexjax.mods.ops import is_float
+from flexjax.mods.trace import index_ranges
+from flexjax.mods.transform import fold_batch, rewrite_graph, rewrite_score_mod
+from flexjax.problem import Gradients, Operands, Problem, Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static part of an attention.
+
+    Attributes:
+        problem: what is computed.
+        backend: the name of the backend that computes it.
+        tree: structure of the flattened operands.
+    """
+
+    problem: Problem
+    backend: str
+    tree: Any
+
+    def operands(self, leaves: Sequence[Any]) -> Operands:
+        return jax.tree.unflatten(self.tree, leaves)
+
+    @functools.cached_property
+    def n_leaves(self) -> int:
+        return self.tree.num_leaves
+
+    @functools.cached_property
+    def floats(self) -> tuple[int, ...]:
+        """Positions of the operands that have gradients: query, key, value, float score captures."""
+        marked = self.operands(range(self.n_leaves))
+        score = self.problem.score
+        types = () if score is None else score.forward.captures
+        captures = zip(marked.score_captures, types, strict=True)
+        return (
+            marked.query,
+            marked.key,
+            marked.value,
+            *(i for i, t in captures if is_float(t.dtype)),
+        )
+
+    @functools.cached_property
+    def captures(self) -> frozenset[int]:
+        """Positions of captured arrays."""
+        marked = self.operands(range(self.n_leaves))
+        return frozenset({*marked.score_captures, *marked.mask_captures})
+
+
+def attend(problem: Problem, backend: str, operands: Operands) -> Result:
+    """Computes a problem, differentiably and under every transformation."""
+    leaves, tree = jax.tree.flatten(operands)
+    call = Call(problem, backend, tree)
+    return Result(*Attention(call, [jax.typeof(x) for x in leaves])(*leaves))
+
+
+# -- running backends -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_forward(call: Call, *leaves: Any) -> tuple[Any, ...]:
+    result = BACKENDS[call.backend].forward(call.problem, call.operands(leaves))
+    return tuple(jax.tree.leaves(result))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_backward(call: Call, *args: Any) -> tuple[Any, ...]:
+    gradients = _backward_with(BACKENDS[call.backend].backward, call, args)
+    return tuple(jax.tree.leaves(gradients))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_tangent(call: Call, differentiable: bool, *args: Any) -> tuple[Any, ...]:
+    leaves, tangents = args[: call.n_leaves], args[call.n_leaves + 2 :]
+    problem = _plain(call.problem)
+
+    def run(*floats: Any) -> tuple[Any, ...]:
+        operands = call.operands(_replaced(leaves, call.floats, floats))
+        return tuple(jax.tree.leaves(xla.forward(problem, operands, differentiable=differentiable)))
+
+    return jax.jvp(run, tuple(leaves[i] for i in call.floats), tuple(tangents))[1]
+
+
+def _plain(problem: Problem) -> Problem:
+    """The problem without the options of whichever backend was chosen for it."""
+    return dataclasses.replace(problem, options=())
+
+
+def _backward_with(backward: Any, call: Call, args: Sequence[Any], **kwargs: Any) -> Gradients:
+    leaves, (out, lse, d_out, d_lse) = args[: call.n_leaves], args[call.n_leaves :]
+    operands = call.operands(leaves)
+    return backward(call.problem, operands, Result(out, lse), d_out, d_lse, **kwargs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: Call, *leaves: Any) -> tuple[Any, ...]:
+    return _run_forward(call, *leaves)
+
+
+def _attention_fwd(call: Call, *leaves: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    out, lse, *rest = Attention(call, [jax.typeof(x) for x in leaves])(*leaves)
+    out, lse = checkpoint_name(out, "flexjax_out"), checkpoint_name(lse, "flexjax_lse")
+    return (out, lse, *rest), (*leaves, out, lse)
+
+
+def _attention_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    d_out, d_lse = (_compat.instantiate_zeros(c) for c in cotangents[:2])
+    args = (*residuals, d_out, d_lse)
+    gradients = AttentionBackward(call, [jax.typeof(x) for x in args])(*args)
+    return tuple(_replaced([None] * call.n_leaves, call.floats, gradients))
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _replaced(leaves: Sequence[Any], which: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    out = list(leaves)
+    for i, value in zip(which, values, strict=True):
+        out[i] = value
+    return out
+
+
+# -- primitives -------------------------------------------------------------------------------------
+
+
+class Attention(_compat.HiPrim):
+    """(operands...) -> (out, lse[, max_scores])."""
+
+    def __init__(self, call: Call, avals: Sequence[Any]):
+        self.in_avals = tuple(avals)
+        self.out_aval = _compat.output_avals(functools.partial(_run_forward, call), avals)
+        self.params = {"call": call}
+        super().__init__()
+
+    def expand(self, *leaves: Any) -> tuple[Any, ...]:
+        return _attention(self.call, *leaves)
+
+    def vjp_fwd(self, nonzeros: Any, /, *leaves: Any) -> Any:
+        return _attention_fwd(self.call, *leaves)
+
+    def vjp_bwd_retval(self, residuals: Any, cotangents: Any, /) -> tuple[Any, ...]:
+        return _attention_bwd(self.call, residuals, cotangents)
+
+    def jvp(self, primals: Any, tangents: Any) -> Any:
+        result, (*_, out, lse) = _attention_fwd(self.call, *primals)
+        moving = (_compat.instantiate_zeros(tangents[i]) for i in self.call.floats)
+        args = (*primals, out, lse, *moving)
+        return result, AttentionTangent(self.call, [jax.typeof(x) for x in args])(*args)
+
+    lin, linearized = _compat.linearize_from_jvp
+
+    def batch(self, axis_data: Any, leaves: Any, dims: Any) -> Any:
+        if _unmapped(dims):
+            return self(*leaves), (None,) * len(self.out_aval)
+        call, leaves = _fold(self.call, axis_data.size, leaves, dims, shared=True)
+        outs = Attention(call, [jax.typeof(x) for x in leaves])(*leaves)
+        return tuple(_unfold(o, axis_data.size) for o in outs), (0,) * len(outs)
+
+
+class AttentionBackward(_compat.HiPrim):
+    """(operands..., out, lse, d_out, d_lse) -> gradients of the float operands."""
+
+    def __init__(self, call: Call, avals: Sequence[Any]):
+        self.in_avals = tuple(avals)
+        self.out_aval = _compat.output_avals(functools.partial(_run_backward, call), avals)
+        self.params = {"call": call}
+        super().__init__()
+
+    def expand(self, *args: Any) -> tuple[Any, ...]:
+        return _run_backward(self.call, *args)
+
+    def jvp(self, primals: Any, tangents: Any) -> Any:
+        which = [*self.call.floats, *range(self.call.n_leaves, len(primals))]
+        call = dataclasses.replace(self.call, problem=_plain(self.call.problem))
+
+        def run(*floats: Any) -> tuple[Any, ...]:
+            args = _replaced(primals, which, floats)
+            gradients = _backward_with(xla.backward, call, args, differentiable=True)
+            return tuple(jax.tree.leaves(gradients))
+
+        moving = tuple(_compat.instantiate_zeros(tangents[i]) for i in which)
+        _, out = jax.jvp(run, tuple(primals[i] for i in which), moving)
+        return self(*primals), out
+
+    lin, linearized = _compat.linearize_from_jvp
+    vjp_fwd, vjp_bwd_retval = _compat.vjp_from_jvp
+
+    def batch(self, axis_data: Any, args: Any, dims: Any) -> Any:
+        if _unmapped(dims):
+            return self(*args), (None,) * len(self.out_aval)
+        n = self.call.n_leaves
+        call, leaves = _fold(self.call, axis_data.size, args[:n], dims[:n], shared=False)
+        rest = [_fold_axis(x, d, axis_data.size) for x, d in zip(args[n:], dims[n:], strict=True)]
+        args = (*leaves, *rest)
+        outs = AttentionBackward(call, [jax.typeof(x) for x in args])(*args)
+        outs = tuple(
+            o if i in self.call.captures else _unfold(o, axis_data.size)
+            for i, o in zip(self.call.floats, outs, strict=True)
+        )
+        return outs, (0,) * len(outs)
+
+
+class AttentionTangent(_compat.HiPrim):
+    """(operands..., out, lse, tangents of the float operands...) -> tangents of the result."""
+
+    def __init__(self, call: Call, avals: Sequence[Any]):
+        self.in_avals = tuple(avals)
+        self.out_aval = _compat.output_avals(functools.partial(_run_tangent, call, False), avals)
+        self.params = {"call": call}
+        super().__init__()
+
+    def expand(self, *args: Any) -> tuple[Any, ...]:
+        return _run_tangent(self.call, False, *args)
+
+    def transpose(self, cotangents: Any, *args: Any) -> None:
+        residuals, accumulators = args[: self.call.n_leaves + 2], args[self.call.n_leaves + 2 :]
+        gradients = _attention_bwd(self.call, residuals, cotangents)
+        for accumulator, i in zip(accumulators, self.call.floats, strict=True):
+            if isinstance(accumulator, _compat.GradAccum):
+                accumulator.accum(gradients[i])
+
+    def jvp(self, primals: Any, tangents: Any) -> Any:
+        # The kept output and logsumexp only serve the transpose: the tangent map does not depend on them.
+        which = [*self.call.floats, *range(self.call.n_leaves + 2, len(primals))]
+
+        def run(*floats: Any) -> tuple[Any, ...]:
+            return _run_tangent(self.call, True, *_replaced(primals, which, floats))
+
+        moving = tuple(_compat.instantiate_zeros(tangents[i]) for i in which)
+        _, out = jax.jvp(run, tuple(primals[i] for i in which), moving)
+        return self(*primals), out
+
+    lin, linearized = _compat.linearize_from_jvp
+    vjp_fwd, vjp_bwd_retval = _compat.vjp_from_jvp
+
+    def batch(self, axis_data: Any, args: Any, dims: Any) -> Any:
+        if _unmapped(dims):
+            return self(*args), (None,) * len(self.out_aval)
+        n, size = self.call.n_leaves, axis_data.size
+        call, leaves = _fold(self.call, size, args[:n], dims[:n], shared=False)
+        stats = [
+            _fold_axis(x, d, size) for x, d in zip(args[n : n + 2], dims[n : n + 2], strict=True)
+        ]
+        tangents = [
+            _front(x, d, size) if i in self.call.captures else _fold_axis(x, d, size)
+            for i, x, d in zip(self.call.floats, args[n + 2 :], dims[n + 2 :], strict=True)
+        ]
+        args = (*leaves, *stats, *tangents)
+        outs = AttentionTangent(call, [jax.typeof(x) for x in args])(*args)
+        return tuple(_unfold(o, size) for o in outs), (0,) * len(outs)
+
+
+# -- vmap -------------------------------------------------------------------------------------------
+
+
+def _unmapped(dims: Sequence[int | None]) -> bool:
+    """Whether no argument is mapped: JAX asks for a batch rule all the same."""
+    return all(d is None for d in dims)
+
+
+def _front(x: Any, dim: int | None, size: int) -> Any:
+    """The mapped axis in front; an unmapped array is repeated along it."""
+    return jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+
+
+def _fold_axis(x: Any, dim: int | None, size: int) -> Any:
+    x = _front(x, dim, size)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _unfold(x: Any, size: int) -> Any:
+    return x.reshape(size, x.shape[0] // size, *x.shape[1:])
+
+
+def _fold(
+    call: Call, size: int, leaves: Sequence[Any], dims: Sequence[int | None], shared: bool
+) -> tuple[Call, list[Any]]:
+    """Folds a mapped axis of length `size` into the batch.
+
+    Args:
+        call: the attention of one lane.
+        size: number of lanes.
+        leaves: flattened operands.
+        dims: for each of them the mapped axis, or None.
+        shared: leave what no lane has of its own unrepeated; wrong where gradients of every lane are wanted.
+    """
+    problem = call.problem
+    operands = call.operands(leaves)
+    axes = call.operands([-1 if d is None else d for d in dims])
+
+    def mapped(*names: Any) -> bool:
+        return any(d >= 0 for d in jax.tree.leaves(names))
+
+    def fold(x: Any, d: int) -> Any:
+        return _fold_axis(x, None if d < 0 else d, size)
+
+    own_keys = mapped(axes.key, axes.value) or problem.kv_batch > 1 or not shared
+    key, value = operands.key, operands.value
+    if own_keys:
+        key, value = fold(key, axes.key), fold(value, axes.value)
+    lists, blocks = operands.lists, problem.blocks
+    if lists is not None and (mapped(axes.lists) or blocks.batch > 1):
+        lists = jax.tree.map(fold, lists, axes.lists)
+        blocks = dataclasses.replace(blocks, batch=blocks.batch * size)
+    batch = problem.batch * size
+    ranges = index_ranges(batch, problem.q_heads, problem.q_len, problem.kv_len)
+
+    def fold_captures(values: Sequence[Any], dims: Sequence[int]) -> tuple[list[bool], list[Any]]:
+        leading = [
+            d >= 0 or (not shared and is_float(v.dtype)) for v, d in zip(values, dims, strict=True)
+        ]
+        arrays = [
+            _front(v, None if d < 0 else d, size) if lead else v
+            for v, d, lead in zip(values, dims, leading, strict=True)
+        ]
+        return leading, arrays
+
+    score, mask = problem.score, problem.mask
+    score_leading, score_captures = fold_captures(operands.score_captures, axes.score_captures)
+    mask_leading, mask_captures = fold_captures(operands.mask_captures, axes.mask_captures)
+    if score is not None:
+        rewrite = fold_batch(ranges, problem.batch, size, score_leading)
+        score = rewrite_score_mod(score, rewrite)
+    if mask is not None:
+        mask = rewrite_graph(mask, fold_batch(ranges, problem.batch, size, mask_leading))
+    problem = dataclasses.replace(
+        problem,
+        batch=batch,
+        kv_batch=problem.kv_batch * size if own_keys else problem.kv_batch,
+        score=score,
+        mask=mask,
+        blocks=blocks,
+    )
+    folded = Operands(
+        fold(operands.query, axes.query),
+        key,
+        value,
+        lists,
+        tuple(score_captures),
+        tuple(mask_captures),
+    )
+    leaves, tree = jax.tree.flatten(folded)
+    return Call(problem, call.backend, tree), leaves
