@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import hijax
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
+from jax.interpreters import mlir
 
 # -- jaxprs -----------------------------------------------------------------------------------------
 
@@ -129,7 +130,14 @@ def takes_positional(function: Any, count: int) -> bool:
 
 # -- high-level primitives --------------------------------------------------------------------------
 
-HiPrim = hijax.HiPrim
+
+class HiPrim(hijax.HiPrim):
+    """A primitive with its own rules for every transformation."""
+
+    def __call__(self, *args: Any) -> Any:  # declared for type checkers: JAX's class has no types
+        return super().__call__(*args)
+
+
 GradAccum = hijax.GradAccum
 linearize_from_jvp = hijax.linearize_from_jvp
 vjp_from_jvp = hijax.vjp_from_jvp
@@ -153,3 +161,38 @@ def like_varying(x: Any, *references: Any) -> Any:
 
 def _varying_axes(x: Any) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying
+
+
+# -- choosing by platform ---------------------------------------------------------------------------
+
+_by_platform_p = jex_core.Primitive("flexjax_by_platform")
+_by_platform_p.multiple_results = True
+
+
+def by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """`switch.on(platform)(*args)` for the platform that the program is lowered for.
+
+    Unlike `lax.platform_dependent`, it traces nothing for the other platforms: a CPU program does not pay for
+    tracing a GPU kernel. The function for "any" platform tells the types of the results.
+
+    Args:
+        switch: hashable, with a method `on(platform) -> function`.
+        args: JAX values.
+    """
+    return tuple(_by_platform_p.bind(*args, switch=switch))
+
+
+@_by_platform_p.def_abstract_eval
+def _by_platform_types(*avals: Any, switch: Any) -> tuple[Any, ...]:
+    return output_avals(switch.on("any"), avals)
+
+
+def _lowering_on(platform: str) -> Any:
+    def lower(ctx: Any, *args: Any, switch: Any) -> Any:
+        return mlir.lower_fun(switch.on(platform), multiple_results=True)(ctx, *args)
+
+    return lower
+
+
+mlir.register_lowering(_by_platform_p, _lowering_on("any"))
+mlir.register_lowering(_by_platform_p, _lowering_on("cuda"), platform="cuda")

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexjax import _compat
 from flexjax.backends import xla
-from flexjax.backends.registry import BACKENDS
+from flexjax.backends.registry import Choice, load, warn_about_fallback
 from flexjax.mods.ops import is_float
 from flexjax.mods.trace import index_ranges
 from flexjax.mods.transform import fold_batch, rewrite_graph, rewrite_score_mod
@@ -46,12 +46,12 @@ class Call:
 
     Attributes:
         problem: what is computed.
-        backend: the name of the backend that computes it.
+        choice: which backend computes it.
         tree: structure of the flattened operands.
     """
 
     problem: Problem
-    backend: str
+    choice: Choice
     tree: Any
 
     def operands(self, leaves: Sequence[Any]) -> Operands:
@@ -82,26 +82,72 @@ class Call:
         return frozenset({*marked.score_captures, *marked.mask_captures})
 
 
-def attend(problem: Problem, backend: str, operands: Operands) -> Result:
+def attend(problem: Problem, choice: Choice, operands: Operands) -> Result:
     """Computes a problem, differentiably and under every transformation."""
     leaves, tree = jax.tree.flatten(operands)
-    call = Call(problem, backend, tree)
+    call = Call(problem, choice, tree)
     return Result(*Attention(call, [jax.typeof(x) for x in leaves])(*leaves))
 
 
 # -- running backends -------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The forward pass by platform; traced for a platform only when lowered for it."""
+
+    call: Call
+
+    def on(self, platform: str) -> Any:
+        name = _backend_on(platform, self.call.choice)
+        return functools.partial(_forward_with, load(name).forward, self.call)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """The backward pass by platform."""
+
+    call: Call
+
+    def on(self, platform: str) -> Any:
+        choice = self.call.choice
+        module = load(_backend_on(platform, choice))
+        if not hasattr(module, "backward"):
+            reason = f"The {module.NAME} backend has no backward pass."
+            if choice.explicit:
+                raise NotImplementedError(
+                    f"{reason} Leave backend out, so that another backend can compute the gradients."
+                )
+            warn_about_fallback(reason)
+            module = load(choice.portable)
+        return lambda *args: tuple(
+            jax.tree.leaves(_backward_with(module.backward, self.call, args))
+        )
+
+
+def _backend_on(platform: str, choice: Choice) -> str:
+    return choice.cuda if platform == "cuda" else choice.portable
+
+
+def _forward_with(forward: Any, call: Call, *leaves: Any) -> tuple[Any, ...]:
+    return tuple(jax.tree.leaves(forward(call.problem, call.operands(leaves))))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_forward(call: Call, *leaves: Any) -> tuple[Any, ...]:
-    result = BACKENDS[call.backend].forward(call.problem, call.operands(leaves))
-    return tuple(jax.tree.leaves(result))
+    return _by_platform(_Forward(call), leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_backward(call: Call, *args: Any) -> tuple[Any, ...]:
-    gradients = _backward_with(BACKENDS[call.backend].backward, call, args)
-    return tuple(jax.tree.leaves(gradients))
+    return _by_platform(_Backward(call), args)
+
+
+def _by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    choice = switch.call.choice
+    if choice.cuda == choice.portable:
+        return switch.on("any")(*args)
+    return _compat.by_platform(switch, args)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -334,7 +380,7 @@ def _fold(
     if own_keys:
         key, value = fold(key, axes.key), fold(value, axes.value)
     lists, blocks = operands.lists, problem.blocks
-    if lists is not None and (mapped(axes.lists) or blocks.batch > 1):
+    if blocks is not None and (mapped(axes.lists) or blocks.batch > 1):
         lists = jax.tree.map(fold, lists, axes.lists)
         blocks = dataclasses.replace(blocks, batch=blocks.batch * size)
     batch = problem.batch * size
@@ -375,4 +421,4 @@ def _fold(
         tuple(mask_captures),
     )
     leaves, tree = jax.tree.flatten(folded)
-    return Call(problem, call.backend, tree), leaves
+    return Call(problem, call.choice, tree), leaves

@@ -52,7 +52,9 @@ class Geometry:
         return cdiv(self.kv_len, self.kv_block)
 
 
-def lists_from_blocks(listed: Bool[Any, "*rows cols"]) -> tuple[Array, Array]:
+def lists_from_blocks(
+    listed: Bool[Any, "*rows cols"],
+) -> tuple[Int32[Any, "*rows"], Int32[Any, "*rows cols"]]:
     """(counts, indices) of the listed blocks of every row, in ascending order.
 
     Entries past a row's count hold an arbitrary column inside the mask.
@@ -96,13 +98,22 @@ def _row_inputs(geometry: Geometry, xp: Any) -> tuple[Any, Any, Any]:
 
 
 def _summarise(allowed: Any, real_q: Any, real_kv: Any, geometry: Geometry) -> tuple[Any, Any]:
-    """(any, all) over each block of a block row; `allowed` broadcasts to [q_block, cols * kv_block]."""
-    shape = (geometry.q_block, geometry.cols, geometry.kv_block)
+    """(any, all) over each block of a block row.
+
+    Args:
+        allowed: bool, broadcastable to [q_block, cols * kv_block].
+        real_q: bool [q_block], which queries are inside the mask.
+        real_kv: bool [cols * kv_block], which keys are.
+        geometry: the tiling.
+    """
     xp = np if isinstance(allowed, np.ndarray) else jnp
-    allowed = xp.broadcast_to(allowed, (shape[0], shape[1] * shape[2]))
-    some = (allowed & real_q & real_kv).reshape(shape).any((0, 2))
-    whole = ((allowed | ~real_q) & real_kv).reshape(shape).all((0, 2))
-    return some, whole
+    allowed = xp.broadcast_to(allowed, (geometry.q_block, real_kv.shape[0]))
+    real_q = real_q[:, None]
+    # Over the queries first: reductions along rows of memory are the fast ones.
+    some = (allowed & real_q).any(0) & real_kv
+    whole = (allowed | ~real_q).all(0) & real_kv
+    blocks = (geometry.cols, geometry.kv_block)
+    return some.reshape(blocks).any(1), whole.reshape(blocks).all(1)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3, 4))
@@ -120,7 +131,7 @@ def _classify(
             "kv": kv[None, :],
         }
         (allowed,) = evaluate(graph, captures, inputs)
-        return _summarise(allowed, (q < geometry.q_len)[:, None], real_kv[None, :], geometry)
+        return _summarise(allowed, q < geometry.q_len, real_kv, geometry)
 
     # A mask that does not depend on b or h is evaluated for one of them only.
     n_batch = batch if "b" in graph.depends else 1
@@ -158,9 +169,8 @@ def classify_on_host(
             "kv": kv[None, :],
         }
         (allowed,) = evaluate_numpy(graph, (), inputs)
-        real_q = (q < geometry.q_len)[:, None]
         some[b, h, row], whole[b, h, row] = _summarise(
-            np.asarray(allowed), real_q, real_kv[None, :], geometry
+            np.asarray(allowed), q < geometry.q_len, real_kv, geometry
         )
     target = (batch, heads, geometry.rows, geometry.cols)
     return np.broadcast_to(some & ~whole, target), np.broadcast_to(whole, target)

@@ -215,7 +215,8 @@ class BlockMask:
         graph, captures = self.mask_graph, self.mask_captures
         role = ("b", "h")[axis]
         if graph is not None and role in graph.depends:
-            ranges = _ranges(*lists["kv_num_blocks"].shape[:2], self.seq_lengths, self.q_offset)
+            batch, heads = lists["kv_num_blocks"].shape[:2]
+            ranges = _ranges(batch, heads, self.seq_lengths, self.q_offset)
             graph = rewrite_graph(graph, select(ranges, role, table.shape[0], size))
             captures = (*captures, table)
         return dataclasses.replace(self, **lists, mask_graph=graph, mask_captures=captures)
@@ -459,7 +460,9 @@ def _assemble(
     transposed: Sequence[Sequence[Any]] | None = None,
 ) -> BlockMask:
     arrays = (*partial, *full)
-    fields = {name: jnp.asarray(a) for name, a in zip(_LIST_FIELDS[:4], arrays, strict=True)}
+    fields: dict[str, Any] = {
+        name: jnp.asarray(a) for name, a in zip(_LIST_FIELDS[:4], arrays, strict=True)
+    }
     if not compute_q_blocks:
         fields |= dict.fromkeys(_LIST_FIELDS[4:])
     elif transposed is None:
@@ -587,7 +590,9 @@ def _list_pair(counts: Any, indices: Any, prefix: str) -> tuple[Array, Array]:
     )
 
 
-def _checked_lists(partial: Any, full: Any, cols: int) -> tuple[Any, Any]:
+def _checked_lists(
+    partial: tuple[Any, Any], full: tuple[Any, Any], cols: int
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """The same lists if they are sound; rebuilt without the unsound entries if they are traced."""
     if any(map(_compat.is_tracer, (*partial, *full))):
         full_blocks = blocks_from_lists(*full, cols)

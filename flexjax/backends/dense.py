@@ -11,7 +11,7 @@ from flexjax.backends.reference import dense_attention
 from flexjax.block_lists import blocks_from_lists
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.ops import is_float
-from flexjax.problem import Gradients, Operands, Problem, Result, heads_first
+from flexjax.problem import Blocks, Gradients, Operands, Problem, Result, heads_first
 
 NAME = "reference"
 OPTIONS: dict[str, type] = {}
@@ -82,20 +82,20 @@ def _indices(problem: Problem) -> dict[str, Any]:
 def _mask(problem: Problem, operands: Operands, indices: dict[str, Any]) -> Any:
     """Positions in full blocks, and those that the mask allows in partial ones."""
     blocks, lists = problem.blocks, operands.lists
-    if blocks is None:
+    if blocks is None or lists is None:
         return None
-    geometry = blocks.geometry
-    partial = blocks_from_lists(lists.kv_num_blocks, lists.kv_indices, geometry.cols)
-    full = blocks_from_lists(lists.full_kv_num_blocks, lists.full_kv_indices, geometry.cols)
-    partial, full = (_by_element(problem, x) for x in (partial, full))
+    cols = blocks.geometry.cols
+    partial = blocks_from_lists(lists.kv_num_blocks, lists.kv_indices, cols)
+    full = blocks_from_lists(lists.full_kv_num_blocks, lists.full_kv_indices, cols)
+    partial, full = (_by_element(problem, blocks, x) for x in (partial, full))
     if problem.mask is None:
         return partial | full
     (allowed,) = evaluate(problem.mask, operands.mask_captures, indices)
     return full | (partial & allowed)
 
 
-def _by_element(problem: Problem, block_map: Any) -> Any:
-    geometry = problem.blocks.geometry
-    x = jnp.repeat(block_map, problem.batch // problem.blocks.batch, axis=0)
+def _by_element(problem: Problem, blocks: Blocks, block_map: Any) -> Any:
+    geometry = blocks.geometry
+    x = jnp.repeat(block_map, problem.batch // blocks.batch, axis=0)
     x = jnp.repeat(x, geometry.q_block, axis=2)[:, :, : geometry.q_len]
     return jnp.repeat(x, geometry.kv_block, axis=3)[:, :, :, : geometry.kv_len]

@@ -8,6 +8,7 @@ Mods see them as (g, query head, query, key).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax import lax
 
 from flexjax.block_lists import Geometry, cdiv
 from flexjax.mods.evaluate import evaluate
+from flexjax.mods.graph import Graph
 from flexjax.mods.ops import is_float
 from flexjax.problem import Operands, Problem, heads_first
 
@@ -91,14 +93,13 @@ class Plan:
         """Query, key and value with heads first, filled up with zeros to whole blocks."""
         extra = self.geometry.cols * self.geometry.kv_block - self.geometry.kv_len
         layout = self.problem.layout
-        keys = (
-            jnp.pad(
-                heads_first(x, layout).astype(self.problem.q_dtype),
-                ((0, 0), (0, 0), (0, extra), (0, 0)),
-            )
-            for x in (operands.key, operands.value)
-        )
-        return self.pad_queries(heads_first(operands.query, layout)), *keys
+
+        def keys(x: Any) -> Any:
+            x = heads_first(x, layout).astype(self.problem.q_dtype)
+            return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+        query = self.pad_queries(heads_first(operands.query, layout))
+        return query, keys(operands.key), keys(operands.value)
 
     def gather_rows(self, x: Any) -> Any:
         """[steps, lanes, kv_heads, tile rows, D] of all lanes as (B, Hq, L, D)."""
@@ -183,8 +184,9 @@ class Tile:
         return lax.scan(maybe, carry, jnp.arange(min(width, cols), dtype=jnp.int32))[0]
 
     def _list_row(self) -> tuple[Any, Any, Any]:
-        b, mask_head, row, _ = self.items
-        return b // (self.problem.batch // self.problem.blocks.batch), mask_head, row
+        (b, mask_head, row, _), blocks = self.items, self.problem.blocks
+        assert blocks is not None, "lists come with their static part"
+        return b // (self.problem.batch // blocks.batch), mask_head, row
 
     # -- cutting and adding tiles ---------------------------------------------------------------
 
@@ -256,12 +258,13 @@ class Tile:
         geometry, mask = self.plan.geometry, self.problem.mask
         idle = self.plan.lanes > 1  # with one lane, every visited block is its own
 
-        def hide(y: Any) -> Any:
+        def hide(y: Any, mask: Graph) -> Any:
             (allowed,) = evaluate(mask, self.operands.mask_captures, indices)
             return jnp.where(allowed | ~block.masked[:, None, None, None], y, -jnp.inf)
 
         if mask is not None:
-            y = hide(y) if idle else lax.cond(block.masked[0], hide, lambda y: y, y)
+            hidden = functools.partial(hide, mask=mask)
+            y = hidden(y) if idle else lax.cond(block.masked[0], hidden, lambda y: y, y)
         if geometry.kv_len % geometry.kv_block:
             kv = block.column[:, None] * geometry.kv_block
             kv = kv + jnp.arange(geometry.kv_block, dtype=jnp.int32)
@@ -270,11 +273,11 @@ class Tile:
 
     def scores(
         self, q: Any, k: Any, block: Block, derivatives: bool = False
-    ) -> tuple[Any, Pullback | None]:
+    ) -> tuple[Any, Pullback]:
         """Modified and masked scores [g, k, r, s] of a tile, and how to pull a cotangent back.
 
         The pullback maps (cotangent of the modified scores, totals of captures' gradients) to (cotangent of
-        the raw scaled scores, new totals).
+        the raw scaled scores, new totals). It needs `derivatives`.
         """
         problem, plan = self.problem, self.plan
         s = self.dot("gkrd,gksd->gkrs", q, k) * problem.scale
@@ -282,7 +285,7 @@ class Tile:
         s = s.reshape(plan.lanes, plan.heads, plan.geometry.q_block, plan.geometry.kv_block)
         indices = self._indices(block)
         inputs, captures = indices | {"score": s}, self.operands.score_captures
-        pull = None
+        pull: Any = None
         if problem.score is None:
             y, pull = s, _identity_pullback
         elif not derivatives:
@@ -297,7 +300,7 @@ class Tile:
             ds, totals = pull(dy.reshape(s.shape), y > -jnp.inf, totals)
             return ds.reshape(tile_shape), totals
 
-        return y.reshape(tile_shape), pullback if derivatives else None
+        return y.reshape(tile_shape), pullback
 
 
 # Pullbacks select the positions whose score counts: what a mod's derivative is elsewhere, infinite or NaN

@@ -208,19 +208,17 @@ class Builder:
         return args[0] if args[0] is args[1] else None
 
     def _simplify_integer(self, op: str, args: tuple[Ref, ...]) -> Ref | None:
-        if op == "clamp" and all(a.interval is not None for a in args):
-            low, x, high = args
-            if low.interval[1] <= x.interval[0] and x.interval[1] <= high.interval[0]:
-                return x
-        if op in ("max", "min") and all(a.interval is not None for a in args):
-            for x, y in (args, args[::-1]):
-                keeps = (
-                    x.interval[0] >= y.interval[1]
-                    if op == "max"
-                    else x.interval[1] <= y.interval[0]
-                )
-                if keeps:
-                    return x
+        known = [a.interval for a in args if a.interval is not None]
+        if op == "clamp" and len(known) == 3:
+            low, x, high = known
+            if low[1] <= x[0] and x[1] <= high[0]:
+                return args[1]
+        if op in ("max", "min") and len(known) == 2:
+            x, y = known
+            if x[0] >= y[1]:
+                return args[0 if op == "max" else 1]
+            if y[0] >= x[1]:
+                return args[1 if op == "max" else 0]
         if op == "add":
             if args[0].equals(0):
                 return args[1]
@@ -299,7 +297,8 @@ def _is_nonnegative(x: Ref) -> bool:
 
 
 def _asks_if_zero(x: Ref) -> bool:
-    return x.node.op == "eq" and x.args[1].equals(0)
+    # Not of floats: 0.0 rem 0.0 is NaN.
+    return x.node.op == "eq" and is_integer(x.args[0].dtype) and x.args[1].equals(0)
 
 
 def _asks_if_remainder(x: Ref, of: Ref) -> bool:

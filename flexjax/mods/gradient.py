@@ -24,7 +24,7 @@ import numpy as np
 from flexjax import _compat
 from flexjax.mods.builder import Builder, Ref
 from flexjax.mods.graph import Graph
-from flexjax.mods.interpret import interpret, nodes_of, scalar
+from flexjax.mods.interpret import interpret, node_of, nodes_of, scalar
 from flexjax.mods.ops import OPS, is_float
 
 _FLOAT32 = np.dtype("float32")
@@ -133,7 +133,7 @@ def differentiate(
     opened, consts = _compat.open_jaxpr(jaxpr)
     outs = interpret(builder, opened, consts, [scalar(a) for a in args])
     by_score, *by_load = (
-        builder.convert(nodes_of(builder, out, _FLOAT32)[()], _FLOAT32) for out in outs
+        builder.convert(node_of(builder, out, _FLOAT32), _FLOAT32) for out in outs
     )
     return by_score, list(zip((elements[i] for i in wanted), by_load, strict=True))
 
@@ -191,8 +191,9 @@ def _inline(builder: Builder, eqn: Any, flat: Sequence[Ref]) -> list[np.ndarray]
             operand[index] = flat[position]
             position += 1
         operands.append(operand)
-    jaxpr, consts = _compat.inner_jaxpr(eqn)
-    outs = interpret(builder, jaxpr, consts, operands)
+    inner = _compat.inner_jaxpr(eqn)
+    assert inner is not None, "every call with a custom rule has a jaxpr"
+    outs = interpret(builder, *inner, operands)
     return [nodes_of(builder, o, v.aval.dtype) for o, v in zip(outs, eqn.outvars, strict=True)]
 
 

@@ -156,15 +156,17 @@ class Opaque:
         jaxpr: the traced function of (scalar inputs..., captured arrays...).
         inputs: names of the leading scalar inputs, in order.
         reason: what the mod does that the IR cannot express, and on which line of the user's source.
+        rules: the printed derivative, where custom rules make it more than the jaxpr shows.
     """
 
     jaxpr: Any
     inputs: tuple[str, ...]
     reason: str
+    rules: str = ""
 
     @functools.cached_property
-    def _key(self) -> tuple[str, tuple[str, ...]]:
-        return (str(self.jaxpr), self.inputs)
+    def _key(self) -> tuple[str, str, tuple[str, ...]]:
+        return (str(self.jaxpr), self.rules, self.inputs)
 
     def __hash__(self) -> int:
         return hash(self._key)

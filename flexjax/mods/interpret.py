@@ -67,6 +67,11 @@ def nodes_of(builder: Builder, value: Value, dtype: Any) -> np.ndarray:
     return views.view_of(builder, value).elements(builder)
 
 
+def node_of(builder: Builder, value: Value, dtype: Any) -> Ref:
+    """A scalar value as a node."""
+    return nodes_of(builder, value, dtype).item()
+
+
 def _map(function: Callable[..., Ref], shape: Sequence[int], *arrays: np.ndarray) -> np.ndarray:
     if math.prod(shape) > MAX_UNROLL:
         raise UnsupportedMod(
@@ -95,10 +100,9 @@ def interpret(
         try:
             outs = _interpret_eqn(builder, eqn, [read(v) for v in eqn.invars])
         except UnsupportedMod as error:
-            where = _compat.user_line(eqn)
-            if where and " at " not in error.reason:
-                raise UnsupportedMod(f"{error.reason}, at {where}") from None
-            raise
+            if error.where:
+                raise
+            raise UnsupportedMod(error.what, _compat.user_line(eqn)) from None
         environment.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -164,7 +168,7 @@ def _custom_call(builder: Builder, eqn: Any, values: list[Value]) -> list[np.nda
 @_rule("cond")
 def _cond(builder: Builder, eqn: Any, index: Value, *operands: Value) -> list[Value]:
     branches = eqn.params["branches"]
-    which = nodes_of(builder, index, eqn.invars[0].aval.dtype)[()]
+    which = node_of(builder, index, eqn.invars[0].aval.dtype)
 
     def run(branch: Any) -> list[np.ndarray]:
         jaxpr, consts = _compat.open_jaxpr(branch)
@@ -237,9 +241,7 @@ def _while(builder: Builder, eqn: Any, *values: Value) -> list[Value]:
 @_rule("dynamic_slice")
 def _dynamic_slice(builder: Builder, eqn: Any, operand: Value, *starts: Value) -> list[Value]:
     sizes = eqn.params["slice_sizes"]
-    refs = [
-        nodes_of(builder, s, a.aval.dtype)[()] for s, a in zip(starts, eqn.invars[1:], strict=True)
-    ]
+    refs = [node_of(builder, s, a.aval.dtype) for s, a in zip(starts, eqn.invars[1:], strict=True)]
     if isinstance(operand, View) or not is_symbolic(operand):
         view = operand if isinstance(operand, View) else views.view_of(builder, operand)
         return [views.dynamic_slice(builder, view, refs, sizes)]
@@ -379,10 +381,10 @@ def _reduce(builder: Builder, eqn: Any, x: Value) -> list[Value]:
 
 @_rule("dot_general")
 def _dot_general(builder: Builder, eqn: Any, a: Value, b: Value) -> list[Value]:
-    _, (batch_a, batch_b) = eqn.params["dimension_numbers"]
+    contracted, batch = eqn.params["dimension_numbers"]
     a = nodes_of(builder, a, eqn.invars[0].aval.dtype)
     b = nodes_of(builder, b, eqn.invars[1].aval.dtype)
-    if batch_a or batch_b or a.ndim != 1 or b.ndim != 1:
+    if any(map(len, batch)) or a.ndim != 1 or b.ndim != 1 or not len(contracted[0]):
         raise UnsupportedMod(
             "it multiplies matrices; only dot products of small vectors are unrolled"
         )

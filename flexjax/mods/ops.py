@@ -84,7 +84,8 @@ def _round_jax(params: Params, x: Any) -> Any:
 def _round_numpy(params: Params, x: Any) -> Any:
     if params["rounding_method"] == int(lax.RoundingMethod.TO_NEAREST_EVEN):
         return np.round(x)
-    return np.sign(x) * np.floor(np.abs(x) + np.asarray(0.5, np.asarray(x).dtype))
+    whole = np.trunc(x)
+    return whole + np.sign(x) * (np.abs(x - whole) >= 0.5)
 
 
 def _integer_pow_jax(params: Params, x: Any) -> Any:

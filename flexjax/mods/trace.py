@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from flexjax.mods.builder import Builder, Ref
 from flexjax.mods.errors import UnsupportedMod
 from flexjax.mods.gradient import Gradient, LoadGradient, clone, differentiate
 from flexjax.mods.graph import CaptureType, Graph, Opaque, opaque_graph
-from flexjax.mods.interpret import interpret, nodes_of, scalar
+from flexjax.mods.interpret import interpret, node_of, scalar
 from flexjax.mods.ops import is_float
 
 MASK_INPUTS = ("b", "h", "q", "kv")
@@ -107,6 +107,7 @@ def _score_graphs(jaxpr: Any, ranges: Ranges) -> tuple[ScoreMod, list[Any]]:
     made = clone(builder, [raw], [builder.capture(c) for c in raw_builder.captures])
     score = builder.convert(made[raw.position], np.float32)
     by_score, by_loads = differentiate(raw, builder, made)
+    by_loads = [(load, derivative) for load, derivative in by_loads if not derivative.equals(0)]
     outputs = [score, by_score]
     loads = []
     for load, derivative in by_loads:
@@ -115,14 +116,13 @@ def _score_graphs(jaxpr: Any, ranges: Ranges) -> tuple[ScoreMod, list[Any]]:
         indices = tuple(range(first + 1, len(outputs)))
         loads.append(LoadGradient(load.node["capture"], first, indices))
     graph, kept = builder.finish(outputs)
-    # A load that the inlined forward does not need is not read at all: its derivative is zero.
+    # A custom derivative rule may give a derivative by an element that nothing else reads.
+    unread = [load for load, _ in by_loads if load.node["capture"] not in kept]
+    if unread:
+        graph, kept = builder.finish([*outputs, *unread])
     gradient = Gradient(
         graph,
-        tuple(
-            dataclasses.replace(load, capture=kept.index(load.capture))
-            for load in loads
-            if load.capture in kept
-        ),
+        tuple(dataclasses.replace(load, capture=kept.index(load.capture)) for load in loads),
     )
     captures = [jnp.asarray(builder.captures[i]) for i in kept]
     return ScoreMod(_restrict(graph, 1), gradient), captures
@@ -150,7 +150,7 @@ def _run(builder: Builder, jaxpr: Any, inputs: tuple[str, ...]) -> Ref:
     args = [scalar(builder.input(name)) for name in inputs]
     opened, consts = _compat.open_jaxpr(jaxpr)
     (out,) = interpret(builder, opened, consts, args)
-    return nodes_of(builder, out, opened.outvars[0].aval.dtype)[()]
+    return node_of(builder, out, opened.outvars[0].aval.dtype)
 
 
 def _opaque(jaxpr: Any, inputs: tuple[str, ...], reason: str) -> tuple[Graph, list[Any]]:
@@ -164,7 +164,29 @@ def _opaque(jaxpr: Any, inputs: tuple[str, ...], reason: str) -> tuple[Graph, li
     avals = [*(v.aval for v in opened.invars), *captures]
     with _compat.x64_disabled():
         closed = jax.make_jaxpr(with_captures)(*avals)
-    return opaque_graph(Opaque(closed, inputs, reason), types), captures
+        rules = _printed_derivative(with_captures, avals) if "custom_" in str(closed) else ""
+    return opaque_graph(Opaque(closed, inputs, reason, rules), types), captures
+
+
+def _printed_derivative(function: Callable[..., Any], avals: Sequence[Any]) -> str:
+    """The jaxpr of a function's gradient, as text; empty where there is none."""
+
+    def derivative(*args: Any) -> Any:
+        floats = [i for i, a in enumerate(args) if is_float(a.dtype)]
+
+        def y(*values: Any) -> Any:
+            moved = list(args)
+            for i, value in zip(floats, values, strict=True):
+                moved[i] = value
+            return function(*moved)
+
+        value, pullback = jax.vjp(y, *(args[i] for i in floats))
+        return pullback(jnp.ones_like(value))
+
+    try:
+        return str(jax.make_jaxpr(derivative)(*avals))
+    except (ValueError, TypeError):  # a loop, or an integer result, has no reverse mode
+        return ""
 
 
 def _trace(mod: Callable[..., Any], role: str, inputs: tuple[str, ...]) -> Any:

@@ -44,8 +44,8 @@ class Rewrite:
         default_factory=dict
     )
     leading: tuple[bool, ...] = ()
-    leading_index: Callable[[Builder, Ref], Ref] | None = None
-    leading_index_jax: Callable[[Any], Any] | None = None
+    leading_index: Callable[[Builder, Ref], Ref] = lambda builder, b: b
+    leading_index_jax: Callable[[Any], Any] = lambda b: b
     leading_size: int = 0
 
 

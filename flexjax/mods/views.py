@@ -98,7 +98,7 @@ def view_of(builder: Builder, array: Any) -> View:
 
 def _index(builder: Builder, index: Ref, limit: int) -> Ref:
     """`index` clamped into [0, limit] as int32."""
-    clamped = builder.clamp(index, 0, min(max(limit, 0), int(np.iinfo(index.dtype).max)))
+    clamped = builder.clamp(index, 0, min(limit, int(np.iinfo(index.dtype).max)))
     return builder.convert(clamped, INT32)
 
 
@@ -151,7 +151,8 @@ def gather(
             starts[dim] = builder.const(batch[batching], INT32)
         in_bounds = builder.const(True, np.bool_)
         for position, dim in enumerate(numbers.start_index_map):
-            index, limit = indices[(*batch, position)], view.shape[dim] - sizes[dim]
+            index = indices[(*batch, position)]
+            limit = min(view.shape[dim] - sizes[dim], int(np.iinfo(index.dtype).max))
             if mode == lax.GatherScatterMode.FILL_OR_DROP:
                 for op, bound in (("ge", 0), ("le", limit)):
                     inside = builder.apply(op, (index, builder.const(bound, index.dtype)))

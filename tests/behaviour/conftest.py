@@ -1,0 +1,14 @@
+"""The backends that the suite runs against."""
+
+import os
+
+import pytest
+
+BACKENDS = ("xla", "reference")
+SELECTED = os.environ.get("FLEXJAX_TEST_BACKENDS", ",".join(BACKENDS)).split(",")
+
+
+@pytest.fixture(params=SELECTED)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend under test; FLEXJAX_TEST_BACKENDS=xla,reference selects some of them."""
+    return request.param

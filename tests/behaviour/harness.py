@@ -1,0 +1,222 @@
+"""A behavioural case as data, and its check against the oracle: outputs and all gradients."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexjax import AuxRequest, BlockMask, create_block_mask, flex_attention
+from flexjax.testing import assert_close, oracle, oracle_grads
+
+Mod = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One attention, small unless the case is about size.
+
+    Attributes:
+        id: name of the test.
+        score: makes the score_mod from the captured arrays.
+        captures: the arrays that score_mod reads, a dict; float ones have their gradients checked.
+        mask: the mask_mod; None for no block mask.
+        block_mask: makes the BlockMask where `create_block_mask(mask, ...)` is not what is tested.
+        mask_shape: B and H of the block mask.
+        block: block size.
+        own_mask: whether the mask_mod is passed as `mask_mod=`.
+        true_score, true_mask: what the oracle uses in place of `score` and `mask`.
+        edit: changes (query, key, value) in NumPy before they are cast.
+        grads: whether gradients are checked.
+    """
+
+    id: str
+    score: Callable[[dict], Mod] | None = None
+    captures: dict = dataclasses.field(default_factory=dict)
+    mask: Mod | None = None
+    block_mask: Callable[[], BlockMask] | None = None
+    mask_shape: tuple[int | None, int | None] = (None, None)
+    block: int | tuple[int, int] = 16
+    own_mask: bool = False
+    true_score: Callable[[dict], Mod] | None = None
+    true_mask: Mod | None = None
+    edit: Callable[..., tuple] | None = None
+    batch: int = 2
+    kv_batch: int | None = None
+    heads: int = 2
+    kv_heads: int | None = None
+    q_len: int = 40
+    kv_len: int = 40
+    dim: int = 8
+    v_dim: int | None = None
+    dtype: str = "float32"
+    kv_dtype: str | None = None
+    layout: str = "BHLD"
+    scale: Any = None
+    sinks: Any = None
+    grads: bool = True
+    smoke: bool = False
+
+    @functools.cached_property
+    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query, key and value in the case's layout."""
+        rng = self._rng("operands")
+        kv = (self.kv_batch or self.batch, self.kv_heads or self.heads, self.kv_len)
+        shapes = [(self.batch, self.heads, self.q_len, self.dim)]
+        shapes += [(*kv, self.dim), (*kv, self.v_dim or self.dim)]
+        arrays = [rng.standard_normal(shape) for shape in shapes]
+        if self.edit is not None:
+            arrays = self.edit(*arrays)
+        kv_dtype = self.kv_dtype or self.dtype
+        dtypes = (self.dtype, kv_dtype, kv_dtype)
+        return tuple(
+            jnp.asarray(self.in_layout(x), d) for x, d in zip(arrays, dtypes, strict=True)
+        )
+
+    @functools.cached_property
+    def cotangents(self) -> tuple[jax.Array, jax.Array]:
+        """Cotangents of the output and of the logsumexp."""
+        rng = self._rng("cotangents")
+        stats = (self.batch, self.heads, self.q_len)
+        d_out = rng.standard_normal((*stats, self.v_dim or self.dim))
+        d_lse = rng.standard_normal(stats)
+        return jnp.asarray(self.in_layout(d_out), self.dtype), jnp.asarray(d_lse, jnp.float32)
+
+    @functools.cached_property
+    def blocks(self) -> BlockMask | None:
+        """The block mask, made outside of any trace."""
+        if self.block_mask is not None:
+            return self.block_mask()
+        if self.mask is None or self.own_mask:
+            return None
+        return create_block_mask(self.mask, *self.mask_shape, self.q_len, self.kv_len, self.block)
+
+    @property
+    def usual_shape(self) -> bool:
+        """Whether the shapes are those that most cases have."""
+        usual = Case(id="usual")
+        fields = ("batch", "kv_batch", "heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim", "dtype")
+        return all(getattr(self, f) == getattr(usual, f) for f in fields)
+
+    def in_layout(self, x: np.ndarray) -> np.ndarray:
+        return x.swapaxes(1, 2) if self.layout == "BLHD" else x
+
+    def _rng(self, purpose: str) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(f"{self.id} {purpose}".encode()))
+
+
+def cases(*items: Case) -> pytest.MarkDecorator:
+    """Parametrises a test over cases."""
+    assert len({c.id for c in items}) == len(items), "two cases have the same id"
+    params = [
+        pytest.param(c, id=c.id, marks=[pytest.mark.smoke] if c.smoke else []) for c in items
+    ]
+    return pytest.mark.parametrize("case", params)
+
+
+def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
+    """A captured array of normal numbers."""
+    rng = np.random.default_rng(seed + 1000)
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def check(case: Case, backend: str) -> None:
+    """Runs a case on a backend and holds output, statistics and gradients against the oracle."""
+    actual, exact = attend(case, backend), _oracle(case, "float64")
+    for name, value in actual.items():
+        # Statistics are float32 whatever the inputs; gradients are as good as the coarsest input.
+        coarse = case.dtype != "float32" and name not in ("lse", "max_scores")
+        floor = 1e-3 if coarse else None
+        dense = functools.partial(lambda n: _oracle(case, case.dtype)[n], name)
+        assert_close(name, value, exact[name], dense, floor=floor)
+    dead = np.asarray(exact["lse"]) == -np.inf
+    rows = {name: case.in_layout(_double(actual[name])) for name in ("out", "query") & actual.keys()}
+    for name, value in rows.items():
+        assert not value[dead].any(), f"{name} is not exactly zero in rows without keys"
+    if case.grads:
+        unseen = ~_double(exact["value"]).any(-1)
+        for name in ("key", "value"):
+            wrong = _double(actual[name])[unseen]
+            assert not wrong.any(), f"the gradient of {name} is not exactly zero at unseen keys"
+
+
+def attend(case: Case, backend: str) -> dict[str, Any]:
+    """Outputs, statistics and gradients by name, in one compilation."""
+    moving = dict(zip(("query", "key", "value"), case.operands, strict=True))
+    moving["captures"] = case.captures
+    if isinstance(case.scale, jax.Array):
+        moving["scale"] = case.scale
+    if case.sinks is not None:
+        moving["sinks"] = case.sinks
+
+    @jax.jit
+    def run(moving: dict, blocks: Any, cotangents: tuple) -> dict[str, Any]:
+        def forward(moving: dict) -> Any:
+            out, aux = flex_attention(
+                moving["query"],
+                moving["key"],
+                moving["value"],
+                None if case.score is None else case.score(moving["captures"]),
+                blocks,
+                moving.get("scale", case.scale),
+                return_aux=AuxRequest(lse=True, max_scores=True),
+                mask_mod=case.mask if case.own_mask else None,
+                sinks=moving.get("sinks"),
+                layout=case.layout,
+                backend=backend,
+            )
+            return (out, aux.lse), aux.max_scores
+
+        if not case.grads:
+            (out, lse), max_scores = forward(moving)
+            return {"out": out, "lse": lse, "max_scores": max_scores}
+        (out, lse), pullback, max_scores = jax.vjp(forward, moving, has_aux=True)
+        (gradients,) = pullback(cotangents)
+        return {"out": out, "lse": lse, "max_scores": max_scores, **_named(gradients)}
+
+    return run(moving, case.blocks, case.cotangents)
+
+
+@functools.cache
+def _oracle(case: Case, dtype: str) -> dict[str, Any]:
+    """The same from the oracle: the truth in float64, the yardstick in the case's own dtype."""
+    score = case.true_score or case.score
+
+    def compute(operands: tuple, captures: dict, scale: Any, sinks: Any, cotangents: tuple) -> Any:
+        options = {
+            "mask_mod": case.true_mask or case.mask,
+            "scale": scale,
+            "sinks": sinks,
+            "layout": case.layout,
+            "dtype": dtype,
+        }
+        mod = None if score is None else score(captures)
+        results = oracle(*operands, score_mod=mod, **options)._asdict()
+        if case.grads:
+            gradients = oracle_grads(
+                *operands, *cotangents, captures=captures, score_mod=score, **options
+            )
+            results |= _named(gradients._asdict())
+        return results
+
+    args = (case.operands, case.captures, case.scale, case.sinks, case.cotangents)
+    if case.usual_shape:
+        return compute(*args)  # operation by operation, each compiled once for all these cases
+    with jax.enable_x64(dtype == "float64"):
+        return jax.jit(compute)(*args)
+
+
+def _named(gradients: dict[str, Any]) -> dict[str, Any]:
+    """Gradients by name: those of captured arrays by their own, those of integers left out."""
+    captures = gradients.pop("captures")
+    gradients |= {f"captures[{name!r}]": d for name, d in captures.items()}
+    return {n: d for n, d in gradients.items() if d is not None and d.dtype != jax.dtypes.float0}
+
+
+def _double(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
