@@ -150,7 +150,10 @@ def instantiate_zeros(tangent: Any) -> Any:
 
 def output_avals(function: Any, avals: Sequence[Any]) -> tuple[Any, ...]:
     """Types of a function's outputs, with the sharding and manual axes that tracing it gives them."""
-    return tuple(jax.make_jaxpr(function)(*avals).out_avals)
+    meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
+    # While JAX transposes a shard_map the context may still be the mesh around it.
+    with jax.sharding.use_abstract_mesh(meshes[0]) if meshes else contextlib.nullcontext():
+        return tuple(jax.make_jaxpr(function)(*avals).out_avals)
 
 
 def like_varying(x: Any, *references: Any) -> Any:

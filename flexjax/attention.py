@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from flexjax.autodiff import attend
 from flexjax.backends.registry import check_request, select
 from flexjax.block_mask import BlockMask, create_block_mask
 from flexjax.mods.trace import ScoreMod, index_ranges, trace_mask_mod, trace_score_mod
 from flexjax.mods.transform import rewrite_graph, rewrite_score_mod, shift_queries
 from flexjax.problem import BHLD, BLHD, BlockLists, Blocks, Operands, Problem
+from flexjax.sharding import attend_sharded
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _NARROW = ("float8_e4m3fn", "float8_e5m2")
@@ -130,14 +130,14 @@ def flex_attention(
     problem = dataclasses.replace(
         problem,
         precision=_precision(precision),
-        options=check_request(backend, dict(kernel_options or {})),
+        options=check_request(backend, kernel_options),
         max_scores=return_aux is not None and return_aux.max_scores,
     )
     score_mod, static_scale = _scaled(score_mod, scale, problem.qk_dim)
     problem = dataclasses.replace(problem, scale=static_scale)
     block_mask = _mask_argument(block_mask, mask_mod, problem)
     problem, operands = _with_mods(problem, Operands(query, key, value), score_mod, block_mask)
-    result = attend(problem, select(problem, backend), operands)
+    result = attend_sharded(problem, select(problem, backend), operands)
     out = result.out if sinks is None else _with_sinks(result.out, result.lse, sinks, layout)
     if return_aux is not None:
         lse = result.lse if return_aux.lse else None
@@ -235,7 +235,7 @@ def _precision(precision: Any) -> str | None:
         return None
     try:
         return lax.Precision(precision).name.lower()
-    except ValueError:
+    except (ValueError, TypeError):
         names = sorted(p.name.lower() for p in lax.Precision)
         raise ValueError(
             f"precision must be a jax.lax.Precision or one of {names}, but it is {precision!r}."

@@ -85,6 +85,9 @@ class Call:
 def attend(problem: Problem, choice: Choice, operands: Operands) -> Result:
     """Computes a problem, differentiably and under every transformation."""
     leaves, tree = jax.tree.flatten(operands)
+    # Inside shard_map an array that all shards share gets the sum of their cotangents: JAX adds it up where the
+    # array is made varying.
+    leaves = [_compat.like_varying(x, *leaves) for x in leaves]
     call = Call(problem, choice, tree)
     return Result(*Attention(call, [jax.typeof(x) for x in leaves])(*leaves))
 

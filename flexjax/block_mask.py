@@ -151,7 +151,9 @@ class BlockMask:
         return 100.0 * (1.0 - float(counts.sum()) / total) if total else 0.0
 
     def __str__(self) -> str:
-        if _compat.is_tracer(self.kv_num_blocks):
+        if not isinstance(self.kv_num_blocks, (jax.Array, np.ndarray)) or _compat.is_tracer(
+            self.kv_num_blocks
+        ):
             return repr(self)
         from flexjax.visualize import blocks_text
 
@@ -169,8 +171,11 @@ class BlockMask:
         return "\n".join([header, *pictures])
 
     def __repr__(self) -> str:
+        # Leaves need not be arrays: JAX keeps shardings, axes and placeholders in pytrees too.
+        known = hasattr(self.kv_num_blocks, "shape")
+        shape = f"shape={self.shape}" if known else f"seq_lengths={self.seq_lengths}"
         return (
-            f"BlockMask(shape={self.shape}, block_size={self.block_size}, "
+            f"BlockMask({shape}, block_size={self.block_size}, "
             f"inference_only={self.inference_only})"
         )
 
@@ -296,7 +301,7 @@ class BlockMask:
                 f"kv_num_blocks lists {rows} rows of blocks, but {geometry.q_len} queries in blocks of "
                 f"{block_size[0]} make {geometry.rows}. Pass seq_lengths=(L, S) that fit."
             )
-        partial, full = _checked_lists(partial, full, geometry.cols)
+        partial, full = _checked_lists(partial, full, geometry)
         graph, captures = None, []
         if mask_mod is not None:
             graph, captures = trace_mask_mod(
@@ -530,17 +535,30 @@ def _selected(part: Any, size: int, name: str) -> Array:
     """The int32 table of selected indices along an axis of length `size`."""
     if isinstance(part, slice):
         return jnp.arange(size, dtype=jnp.int32)[part]
-    table = jnp.atleast_1d(jnp.asarray(part))
-    if table.ndim != 1 or not jnp.issubdtype(table.dtype, jnp.integer):
+    table = _integers(part)
+    if table is None or table.ndim > 1:
         raise IndexError(
             f"A {name} index must be an integer, a slice or a 1-D integer array, but it is {part!r}."
         )
-    if not _compat.is_tracer(table):
-        values = np.asarray(table)
-        if values.size and (values.min() < -size or values.max() >= size):
-            raise IndexError(f"The {name} index {part!r} is out of range for {size} of them.")
-    table = jnp.where(table < 0, table + size, table)
-    return jnp.clip(table, 0, size - 1).astype(jnp.int32)
+    if (
+        isinstance(table, np.ndarray)
+        and table.size
+        and not -size <= table.min() <= table.max() < size
+    ):
+        raise IndexError(f"The {name} index {part!r} is out of range for {size} of them.")
+    return _from_the_start(jnp.atleast_1d(table), size)
+
+
+def _integers(index: Any) -> Any:
+    """An index as an integer array, of NumPy where its value is known; None if it is something else."""
+    array = index if _compat.is_tracer(index) else np.asarray(index)
+    return array if jnp.issubdtype(array.dtype, jnp.integer) else None
+
+
+def _from_the_start(index: Any, size: int) -> Array:
+    """An int32 index into an axis with negative values counted from its end, inside the axis."""
+    index = jnp.where(index < 0, index + size, index)
+    return jnp.clip(index, 0, size - 1).astype(jnp.int32)
 
 
 def _row_range(part: Any, geometry: Geometry) -> tuple[Any, int, int]:
@@ -554,23 +572,24 @@ def _row_range(part: Any, geometry: Geometry) -> tuple[Any, int, int]:
                 f"{rows} rows. Index one row at a time instead."
             )
         return start, stop - start, min(geometry.q_len, stop * q_block) - start * q_block
-    if _compat.is_tracer(part) and jnp.ndim(part) == 0:
+    row = _integers(part)
+    if row is None or row.ndim:
+        raise IndexError(
+            f"Rows of blocks must be selected by an integer or a contiguous slice, but got {part!r}: one mask "
+            "has one query offset."
+        )
+    if _compat.is_tracer(row):
         if geometry.q_len % q_block:
             raise IndexError(
                 f"A traced row index needs rows of equal length, but {geometry.q_len} queries do not divide "
                 f"into blocks of {q_block}."
             )
-        return jnp.clip(part, 0, rows - 1), 1, q_block
-    if isinstance(part, (int, np.integer)) or jnp.ndim(part) == 0:
-        row = int(part)
-        if not -rows <= row < rows:
-            raise IndexError(f"Row {row} is out of range for {rows} rows of blocks.")
-        row %= rows
-        return row, 1, min(geometry.q_len, (row + 1) * q_block) - row * q_block
-    raise IndexError(
-        f"Rows of blocks must be selected by an integer or a contiguous slice, but got {part!r}: one mask has "
-        "one query offset."
-    )
+        return _from_the_start(row, rows), 1, q_block
+    row = int(row)
+    if not -rows <= row < rows:
+        raise IndexError(f"Row {row} is out of range for {rows} rows of blocks.")
+    row %= rows
+    return row, 1, min(geometry.q_len, (row + 1) * q_block) - row * q_block
 
 
 def _list_pair(counts: Any, indices: Any, prefix: str) -> tuple[Array, Array]:
@@ -591,13 +610,26 @@ def _list_pair(counts: Any, indices: Any, prefix: str) -> tuple[Array, Array]:
 
 
 def _checked_lists(
-    partial: tuple[Any, Any], full: tuple[Any, Any], cols: int
+    partial: tuple[Any, Any], full: tuple[Any, Any], geometry: Geometry
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """The same lists if they are sound; rebuilt without the unsound entries if they are traced."""
-    if any(map(_compat.is_tracer, (*partial, *full))):
-        full_blocks = blocks_from_lists(*full, cols)
-        partial_blocks = blocks_from_lists(*partial, cols) & ~full_blocks
-        return lists_from_blocks(partial_blocks), lists_from_blocks(full_blocks)
+    """The same lists if they are sound; rebuilt without the unsound entries if they are traced.
+
+    They are also rebuilt where a block sticks out over the last key: no list of full blocks names one.
+    """
+    traced = any(map(_compat.is_tracer, (*partial, *full)))
+    if not traced:
+        _check_lists(partial, full, geometry.cols)
+    sticks_out = np.arange(geometry.cols) >= geometry.kv_len // geometry.kv_block
+    if not traced and not sticks_out.any():
+        return partial, full
+    full_blocks = blocks_from_lists(full[0], full[1], geometry.cols)
+    partial_blocks = blocks_from_lists(partial[0], partial[1], geometry.cols)
+    partial_blocks = (partial_blocks & ~full_blocks) | (full_blocks & sticks_out)
+    return lists_from_blocks(partial_blocks), lists_from_blocks(full_blocks & ~sticks_out)
+
+
+def _check_lists(partial: tuple[Any, Any], full: tuple[Any, Any], cols: int) -> None:
+    """Raises a ValueError if known lists name a block twice or one outside the mask."""
     listed = np.zeros((*partial[0].shape, cols), np.int32)
     for prefix, (counts, indices) in (("kv", partial), ("full_kv", full)):
         counts, indices = np.asarray(counts), np.asarray(indices)
@@ -622,4 +654,3 @@ def _checked_lists(
             f"Block (row {row}, column {col}) of batch {b}, head {h} is listed more than once, so its keys "
             "would count twice. List every block once, as partial or as full."
         )
-    return partial, full

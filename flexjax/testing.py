@@ -71,7 +71,7 @@ def oracle(
     scale: Float[ArrayLike, ""] | None = None,
     sinks: Float[ArrayLike, " Hq"] | None = None,
     layout: str = BHLD,
-    dtype: Any = jnp.float64,
+    exact: bool = True,
 ) -> OracleResult:
     """Attention as `flex_attention` defines it, computed densely and, by default, in float64.
 
@@ -79,17 +79,17 @@ def oracle(
         query: as for `flex_attention`, like all that follow.
         key: Bkv may be 1, and Hkv may divide Hq.
         value: Dv may differ from D.
-        score_mod: `(score, b, h, q_idx, kv_idx) -> score`, called with a score of `dtype` (at least
-            float32). It must not insist on float32: write `score.dtype` where it needs one.
+        score_mod: `(score, b, h, q_idx, kv_idx) -> score`, called with a float64 score. It must not insist
+            on float32: write `score.dtype` where it needs a dtype.
         mask_mod: `(b, h, q_idx, kv_idx) -> bool`.
         scale: factor on Q K^T; 1 / sqrt(D) by default.
         sinks: a logit for every query head.
         layout: "BHLD" or "BLHD".
-        dtype: float64 for the truth. The query's own dtype for the yardstick of `assert_close`: what the
-            dense computation makes of these inputs in their own precision.
+        exact: True for the truth, in float64. False for the yardstick of `assert_close`: what the same dense
+            computation makes of these inputs in their own dtypes.
     """
-    with jax.enable_x64(_is_double(dtype)):
-        operands = _cast((query, key, value, scale, sinks), dtype)
+    with jax.enable_x64(exact):
+        operands = _as_arrays((query, key, value, scale, sinks), exact)
         return _dense(*operands, score_mod, mask_mod, layout)
 
 
@@ -106,7 +106,7 @@ def oracle_grads(
     scale: Float[ArrayLike, ""] | None = None,
     sinks: Float[ArrayLike, " Hq"] | None = None,
     layout: str = BHLD,
-    dtype: Any = jnp.float64,
+    exact: bool = True,
 ) -> OracleGradients:
     """Gradients of `oracle`, by JAX's differentiation of the dense computation.
 
@@ -126,7 +126,7 @@ def oracle_grads(
         scale: see `oracle`.
         sinks: see `oracle`.
         layout: see `oracle`.
-        dtype: see `oracle`.
+        exact: see `oracle`.
     """
 
     def attend(query: Any, key: Any, value: Any, captures: Any, scale: Any, sinks: Any) -> Any:
@@ -134,11 +134,9 @@ def oracle_grads(
         result = _dense(query, key, value, scale, sinks, mod, mask_mod, layout)
         return result.out, result.lse
 
-    with jax.enable_x64(_is_double(dtype)):
-        operands = _cast((query, key, value), dtype)
-        rest = (captures, scale, sinks)
-        rest = _cast(rest, dtype) if _is_double(dtype) else jax.tree.map(jnp.asarray, rest)
-        (out, lse), pullback = jax.vjp(attend, *operands, *rest)
+    with jax.enable_x64(exact):
+        operands = _as_arrays((query, key, value, captures, scale, sinks), exact)
+        (out, lse), pullback = jax.vjp(attend, *operands)
         d_lse = jnp.zeros_like(lse) if d_lse is None else d_lse
         cotangents = jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype)
         return OracleGradients(*pullback(cotangents))
@@ -163,7 +161,7 @@ def assert_close(
     *,
     floor: float | None = None,
 ) -> None:
-    """Asserts that `actual` is as exact as the dense computation in the same dtype, within a factor of two.
+    """Asserts that `actual` is as exact as the dense computation in the same dtypes, within a factor of two.
 
     The relative error must not exceed 2 * (that of `dense_same_dtype`) + floor. Infinite values (the
     logsumexp of a row without keys) must be equal, and `actual` must be finite wherever `exact` is.
@@ -172,7 +170,7 @@ def assert_close(
         name: what is compared, for the message.
         actual: the array under test.
         exact: the truth, from `oracle` or `oracle_grads`.
-        dense_same_dtype: the same, computed densely in the dtype of the inputs (`dtype=query.dtype`), or a
+        dense_same_dtype: the same, computed densely in the dtypes of the inputs (`exact=False`), or a
             function that returns it, called only if the floor alone does not suffice.
         floor: relative error that is always accepted; by default that of `actual`'s dtype: 1e-5 for
             float32, 1e-3 for bfloat16 and float16.
@@ -258,18 +256,14 @@ def _over(mod: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]
     return apply
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
-    """The tree with its floating-point leaves in `dtype`; others are left as they are."""
+def _as_arrays(tree: Any, doubles: bool) -> Any:
+    """The tree with arrays for leaves, in float64 if `doubles` and they are floating-point."""
 
-    def cast(x: Any) -> Any:
+    def convert(x: Any) -> Any:
         x = jnp.asarray(x)
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return x.astype(jnp.float64) if doubles and jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return jax.tree.map(cast, tree)
-
-
-def _is_double(dtype: Any) -> bool:
-    return np.dtype(dtype) == np.float64
+    return jax.tree.map(convert, tree)
 
 
 def _as_doubles(x: Any) -> np.ndarray:

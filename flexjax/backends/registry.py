@@ -103,13 +103,19 @@ def warn_about_fallback(reason: str) -> None:
         warnings.warn(message, FallbackWarning, stacklevel=3)
 
 
-def check_request(backend: Any, options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def check_request(backend: Any, options: Any) -> tuple[tuple[str, Any], ...]:
     """Validates `backend=` and `kernel_options=`; returns the options as sorted pairs.
 
     Raises:
+        TypeError: the options are not a mapping.
         ValueError: the backend does not exist, or an option is unknown or has the wrong type.
     """
-    if backend is not None and backend not in _MODULES:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            "kernel_options must be a mapping of names to values, such as {'lanes': 4}, but it is "
+            f"{options!r}."
+        )
+    if backend is not None and (not isinstance(backend, str) or backend not in _MODULES):
         raise ValueError(
             f"backend={backend!r} does not exist. Use one of {sorted(_MODULES)}, or None for the best one "
             "that can compute the problem."

@@ -322,7 +322,9 @@ _RULES["broadcast_in_dim"] = _structural(_broadcast)
 _RULES["reshape"] = _structural(lambda x, params: x.reshape(params["new_sizes"]))
 _RULES["expand_dims"] = _structural(lambda x, p: np.expand_dims(x, tuple(p["dimensions"])))
 _RULES["rev"] = _structural(lambda x, params: np.flip(x, params["dimensions"]))
-_RULES["copy"] = _RULES["copy_p"] = _structural(lambda x, params: x)
+# Of a scalar, these are the value itself: where it is placed and over which mesh axes it varies does not matter.
+for _name in ("copy", "copy_p", "reshard", "sharding_constraint", "pvary", "pcast", "mesh_cast"):
+    _RULES[_name] = _structural(lambda x, params: x)
 
 
 @_rule("iota")

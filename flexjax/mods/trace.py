@@ -216,10 +216,11 @@ def _trace(mod: Callable[..., Any], role: str, inputs: tuple[str, ...]) -> Any:
             f"function {_SIGNATURES[role]} of JAX operations; captured arrays must be numeric JAX arrays."
         ) from error
     if len(jaxpr.out_avals) != 1 or jaxpr.out_avals[0].shape != ():
-        shapes = [a.shape for a in jaxpr.out_avals]
+        shapes = [str(a.shape) for a in jaxpr.out_avals]
+        returned = f"values of shapes {', '.join(shapes)}" if shapes else "None"
         raise TypeError(
-            f"The {role} {_name(mod)} must return one scalar, but it returned shapes {shapes}. It is called "
-            "with scalar indices; index captured arrays down to one element, as in `bias[h, q_idx, kv_idx]`."
+            f"The {role} {_name(mod)} must return one scalar, but it returned {returned}. It is called with "
+            "scalar indices; index captured arrays down to one element, as in `bias[h, q_idx, kv_idx]`."
         )
     return jaxpr
 

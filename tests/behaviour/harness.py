@@ -26,7 +26,8 @@ class Case:
         score: makes the score_mod from the captured arrays.
         captures: the arrays that score_mod reads, a dict; float ones have their gradients checked.
         mask: the mask_mod; None for no block mask.
-        block_mask: makes the BlockMask where `create_block_mask(mask, ...)` is not what is tested.
+        block_mask: makes the BlockMask, outside of any trace, where `create_block_mask(mask, ...)` within
+            the compiled function is not what is tested.
         mask_shape: B and H of the block mask.
         block: block size.
         own_mask: whether the mask_mod is passed as `mask_mod=`.
@@ -87,15 +88,6 @@ class Case:
         d_lse = rng.standard_normal(stats)
         return jnp.asarray(self.in_layout(d_out), self.dtype), jnp.asarray(d_lse, jnp.float32)
 
-    @functools.cached_property
-    def blocks(self) -> BlockMask | None:
-        """The block mask, made outside of any trace."""
-        if self.block_mask is not None:
-            return self.block_mask()
-        if self.mask is None or self.own_mask:
-            return None
-        return create_block_mask(self.mask, *self.mask_shape, self.q_len, self.kv_len, self.block)
-
     @property
     def usual_shape(self) -> bool:
         """Whether the shapes are those that most cases have."""
@@ -127,12 +119,12 @@ def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
 
 def check(case: Case, backend: str) -> None:
     """Runs a case on a backend and holds output, statistics and gradients against the oracle."""
-    actual, exact = attend(case, backend), _oracle(case, "float64")
+    actual, exact = attend(case, backend), _oracle(case, exact=True)
     for name, value in actual.items():
         # Statistics are float32 whatever the inputs; gradients are as good as the coarsest input.
         coarse = case.dtype != "float32" and name not in ("lse", "max_scores")
         floor = 1e-3 if coarse else None
-        dense = functools.partial(lambda n: _oracle(case, case.dtype)[n], name)
+        dense = functools.partial(lambda n: _oracle(case, exact=False)[n], name)
         assert_close(name, value, exact[name], dense, floor=floor)
     dead = np.asarray(exact["lse"]) == -np.inf
     rows = {name: case.in_layout(_double(actual[name])) for name in ("out", "query") & actual.keys()}
@@ -154,8 +146,14 @@ def attend(case: Case, backend: str) -> dict[str, Any]:
     if case.sinks is not None:
         moving["sinks"] = case.sinks
 
+    given = None if case.block_mask is None else case.block_mask()
+
     @jax.jit
-    def run(moving: dict, blocks: Any, cotangents: tuple) -> dict[str, Any]:
+    def run(moving: dict, blocks: BlockMask | None, cotangents: tuple) -> dict[str, Any]:
+        if case.mask is not None and blocks is None and not case.own_mask:
+            shape = (*case.mask_shape, case.q_len, case.kv_len)
+            blocks = create_block_mask(case.mask, *shape, case.block)
+
         def forward(moving: dict) -> Any:
             out, aux = flex_attention(
                 moving["query"],
@@ -179,12 +177,12 @@ def attend(case: Case, backend: str) -> dict[str, Any]:
         (gradients,) = pullback(cotangents)
         return {"out": out, "lse": lse, "max_scores": max_scores, **_named(gradients)}
 
-    return run(moving, case.blocks, case.cotangents)
+    return run(moving, given, case.cotangents)
 
 
 @functools.cache
-def _oracle(case: Case, dtype: str) -> dict[str, Any]:
-    """The same from the oracle: the truth in float64, the yardstick in the case's own dtype."""
+def _oracle(case: Case, *, exact: bool) -> dict[str, Any]:
+    """The same from the oracle: the truth in float64, the yardstick in the case's own dtypes."""
     score = case.true_score or case.score
 
     def compute(operands: tuple, captures: dict, scale: Any, sinks: Any, cotangents: tuple) -> Any:
@@ -193,7 +191,7 @@ def _oracle(case: Case, dtype: str) -> dict[str, Any]:
             "scale": scale,
             "sinks": sinks,
             "layout": case.layout,
-            "dtype": dtype,
+            "exact": exact,
         }
         mod = None if score is None else score(captures)
         results = oracle(*operands, score_mod=mod, **options)._asdict()
@@ -207,7 +205,7 @@ def _oracle(case: Case, dtype: str) -> dict[str, Any]:
     args = (case.operands, case.captures, case.scale, case.sinks, case.cotangents)
     if case.usual_shape:
         return compute(*args)  # operation by operation, each compiled once for all these cases
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(exact):
         return jax.jit(compute)(*args)
 
 

@@ -151,15 +151,3 @@ def test_finite_differences():
     step = 1e-2
     ahead, behind = (scalar(flex)(args[0] + s * direction, *args[1:]) for s in (step, -step))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=2e-3)
-
-
-def test_inference_only_mask_has_no_backward():
-    query, key, value, bias, ids = operands()
-    block_mask = create_block_mask(masked(ids), B, None, L, S, BLOCK, compute_q_blocks=False)
-
-    def loss(query):
-        return flex_attention(query, key, value, scored(bias), block_mask).sum()
-
-    assert_close(loss(query), dense(query, key, value, bias, ids).sum())
-    with pytest.raises(ValueError, match="compute_q_blocks"):
-        jax.grad(loss)(query)
