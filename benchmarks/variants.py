@@ -64,8 +64,8 @@ class Shape:
             batch=min(self.batch, 2),
             q_heads=2 * group,
             kv_heads=2,
-            q_len=512,
-            kv_len=512,
+            q_len=256,
+            kv_len=256,
             window=64,
         )
 
@@ -110,7 +110,7 @@ class Variant:
 
 def document_ids(length: int, count: int = DOCUMENTS) -> np.ndarray:
     """int32 [length], the document of each token; the cuts that all of flexjax's benchmarks use."""
-    cuts = np.sort(np.random.RandomState(1).permutation(length - 1)[: count - 1] + 1)  # noqa: NPY002
+    cuts = np.sort(np.random.RandomState(1).permutation(length - 1)[: count - 1] + 1)
     return np.searchsorted(cuts, np.arange(length), side="right").astype(np.int32)
 
 
@@ -125,7 +125,7 @@ def _documents(shape: Shape) -> dict[str, np.ndarray]:
 
 def _table(shape: Shape) -> dict[str, np.ndarray]:
     entries = shape.q_len + shape.kv_len - 1
-    return {"table": np.random.RandomState(2).randn(entries).astype(np.float32)}  # noqa: NPY002
+    return {"table": np.random.RandomState(2).randn(entries).astype(np.float32)}
 
 
 # -- mods -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from rich.table import Table
 import flexjax
 from flexjax import BlockMask, create_block_mask, create_mask, flex_attention, masks, scores
 from flexjax.visualize import FULL, blocks_text, plot_mask, plot_scores, score_grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PICTURE = Path(__file__).resolve().parent.parent / "out" / "quickstart.png"
 
@@ -271,7 +274,6 @@ def table(results: list[Measured], setup: Setup) -> Table:
     ):
         report.add_column(title, justify="right")
     for result in results:
-        sparsity = 0.0 if result.block_mask is None else result.block_mask.sparsity()
         errors = result.forward_error, result.backward_error
         colours = ["green" if error <= setup.tolerance else "bold red" for error in errors]
         shown = [f"[{c}]{error:.1e}[/]" for c, error in zip(colours, errors, strict=True)]
@@ -280,9 +282,19 @@ def table(results: list[Measured], setup: Setup) -> Table:
             peer = f"{result.peer_time * 1e3:.1f}"
             ratio = f"{result.peer_time / result.time:.1f}x"
         report.add_row(
-            result.variant.name, f"{sparsity:.0f}%", *shown, f"{result.time * 1e3:.1f}", peer, ratio
+            result.variant.name,
+            f"{sparsity(result):.0f}%",
+            *shown,
+            f"{result.time * 1e3:.1f}",
+            peer,
+            ratio,
         )
     return report
+
+
+def sparsity(result: Measured) -> float:
+    """Percentage of blocks that are not computed."""
+    return 0.0 if result.block_mask is None else result.block_mask.sparsity()
 
 
 def verdict(results: list[Measured], setup: Setup) -> tuple[bool, str]:
@@ -307,49 +319,50 @@ def verdict(results: list[Measured], setup: Setup) -> tuple[bool, str]:
     )
 
 
-def draw_gallery(chosen: list[Variant], setup: Setup, file: Path) -> None:
+def draw_gallery(results: list[Measured], setup: Setup, file: Path) -> None:
     """Writes a picture of every variant: its mask, or its scores where a score_mod changes them."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        2, 5, figsize=(15, 7), sharex=True, sharey=True, layout="constrained"
+    figure, axes = plt.subplots(2, 5, figsize=(15, 7.2), layout="constrained")
+    for result, ax in zip(results, axes.flat, strict=True):
+        draw_variant(result.variant, setup, ax)
+        ax.set(xlabel=f"{sparsity(result):.0f}% of blocks skipped", ylabel="")
+    for ax in axes[:, 1:].flat:
+        ax.tick_params(labelleft=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("query", fontsize=9)
+    figure.suptitle(
+        f"Rows are queries, columns are keys, {setup.length} of each. Blue: may attend; with a score "
+        "function, what it makes of a score.",
+        fontsize=11,
     )
-    for variant, ax in zip(chosen, axes.flat, strict=True):
-        draw_variant(variant, setup, ax)
-    for ax in axes.flat:
-        ax.set_xlabel(ax.get_xlabel().removeprefix("kv_idx\n"))
-        ax.label_outer(remove_inner_ticks=True)
-    figure.supxlabel("key", fontsize=10)
-    figure.supylabel("query", fontsize=10)
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
 def draw_variant(variant: Variant, setup: Setup, ax: "Axes") -> None:
-    """Draws one variant into `ax`."""
-    n, last_head = setup.length, setup.heads - 1
-    mask_mod = variant.mask_mod or flexjax.noop_mask
-    if variant.score_mod is None:
+    """Draws the mask, or the scores of the last head, into `ax`."""
+    n, head = setup.length, setup.heads - 1
+    mask_mod, score_mod = variant.mask_mod or flexjax.noop_mask, variant.score_mod
+    if score_mod is None:
         plot_mask(mask_mod, n, n, ax=ax, title=variant.name)
         return
     # A bias shows itself on scores of zero. A soft cap needs something to cap: scores that grow.
     growing = np.broadcast_to(np.linspace(-6, 6, n, dtype=np.float32), (n, n))
-    on_zeros = score_grid(variant.score_mod, n, n, h=last_head)
-    given = None if on_zeros.any() else growing
-    plot_scores(
-        variant.score_mod,
-        n,
-        n,
-        h=last_head,
-        scores=given,
-        mask_mod=mask_mod,
-        ax=ax,
-        title=variant.name,
-    )
+    given = None if score_grid(score_mod, n, n, h=head).any() else growing
+    plot_scores(score_mod, n, n, h=head, scores=given, mask_mod=mask_mod, ax=ax, title=variant.name)
+    # The colour bar goes inside, where nothing is attended, so that all panels have one size.
     image = ax.images[0]
     image.colorbar.remove()
+    place = ax.inset_axes((0.52, 0.88, 0.42, 0.04))
+    bar = ax.figure.colorbar(image, cax=place, orientation="horizontal")
+    bar.outline.set_visible(False)
+    place.set_xlim(
+        min(float(image.get_array().min()), 0.0), max(float(image.get_array().max()), 0.0)
+    )
+    place.tick_params(labelsize=7, length=2)
 
 
 # -- the program ------------------------------------------------------------------------------------
@@ -399,7 +412,7 @@ def main() -> int:
             results.append(measure(variant, setup, say))
             progress.advance(task)
         progress.update(task, description="drawing")
-        draw_gallery(chosen, setup, PICTURE)
+        draw_gallery(results, setup, PICTURE)
 
     console.print(
         "\nBlocks of 128 x 128 scores: █ computed whole, ░ computed and masked, blank skipped"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,7 +103,12 @@ class Call:
 @contextlib.contextmanager
 def x64_disabled() -> Iterator[None]:
     """Mods are traced with 32-bit types whatever the session's default is."""
-    with jax.enable_x64(False):
+    if not jax.config.jax_enable_x64:
+        yield
+        return
+    with jax.enable_x64(False), warnings.catch_warnings():
+        # JAX tells of every 64-bit array that a mod captured. The truncation is ours, not the user's.
+        warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
         yield
 
 

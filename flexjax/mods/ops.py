@@ -69,6 +69,11 @@ def _rem_numpy(x: Any, y: Any) -> Any:
     return np.where(y == 0, x, np.fmod(x, np.where(y == 0, 1, y).astype(dtype)))
 
 
+def _sign_numpy(x: Any) -> Any:
+    # sign(-0.0) is -0.0.
+    return np.sign(x) if is_integer(np.asarray(x).dtype) else np.copysign(np.sign(x), x)
+
+
 def _logistic_numpy(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
@@ -85,7 +90,7 @@ def _round_numpy(params: Params, x: Any) -> Any:
     if params["rounding_method"] == int(lax.RoundingMethod.TO_NEAREST_EVEN):
         return np.round(x)
     whole = np.trunc(x)
-    return whole + np.sign(x) * (np.abs(x - whole) >= 0.5)
+    return np.copysign(whole + np.sign(x) * (np.abs(x - whole) >= 0.5), x)
 
 
 def _integer_pow_jax(params: Params, x: Any) -> Any:
@@ -108,7 +113,7 @@ OPS: dict[str, Op] = {
     "atan2": _plain(lax.atan2),
     "nextafter": _plain(lax.nextafter),
     "neg": _plain(lax.neg, np.negative),
-    "sign": _plain(lax.sign, np.sign),
+    "sign": _plain(lax.sign, _sign_numpy),
     "abs": _plain(lax.abs, np.abs),
     "floor": _plain(lax.floor, np.floor),
     "ceil": _plain(lax.ceil, np.ceil),

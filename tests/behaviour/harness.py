@@ -75,9 +75,7 @@ class Case:
             arrays = self.edit(*arrays)
         kv_dtype = self.kv_dtype or self.dtype
         dtypes = (self.dtype, kv_dtype, kv_dtype)
-        return tuple(
-            jnp.asarray(self.in_layout(x), d) for x, d in zip(arrays, dtypes, strict=True)
-        )
+        return tuple(jnp.asarray(self.in_layout(x), d) for x, d in zip(arrays, dtypes, strict=True))
 
     @functools.cached_property
     def cotangents(self) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +90,17 @@ class Case:
     def usual_shape(self) -> bool:
         """Whether the shapes are those that most cases have."""
         usual = Case(id="usual")
-        fields = ("batch", "kv_batch", "heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim", "dtype")
+        fields = (
+            "batch",
+            "kv_batch",
+            "heads",
+            "kv_heads",
+            "q_len",
+            "kv_len",
+            "dim",
+            "v_dim",
+            "dtype",
+        )
         return all(getattr(self, f) == getattr(usual, f) for f in fields)
 
     def in_layout(self, x: np.ndarray) -> np.ndarray:
@@ -105,9 +113,7 @@ class Case:
 def cases(*items: Case) -> pytest.MarkDecorator:
     """Parametrises a test over cases."""
     assert len({c.id for c in items}) == len(items), "two cases have the same id"
-    params = [
-        pytest.param(c, id=c.id, marks=[pytest.mark.smoke] if c.smoke else []) for c in items
-    ]
+    params = [pytest.param(c, id=c.id, marks=[pytest.mark.smoke] if c.smoke else []) for c in items]
     return pytest.mark.parametrize("case", params)
 
 
@@ -127,7 +133,9 @@ def check(case: Case, backend: str) -> None:
         dense = functools.partial(lambda n: _oracle(case, exact=False)[n], name)
         assert_close(name, value, exact[name], dense, floor=floor)
     dead = np.asarray(exact["lse"]) == -np.inf
-    rows = {name: case.in_layout(_double(actual[name])) for name in ("out", "query") & actual.keys()}
+    rows = {
+        name: case.in_layout(_double(actual[name])) for name in ("out", "query") & actual.keys()
+    }
     for name, value in rows.items():
         assert not value[dead].any(), f"{name} is not exactly zero in rows without keys"
     if case.grads:

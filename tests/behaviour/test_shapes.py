@@ -1,14 +1,9 @@
 """Lengths, heads, head dimensions, dtypes, layouts and block sizes."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 
-from flexjax import flex_attention, masks, scores
-from tests.behaviour.harness import Case, attend, cases, check, normal
+from flexjax import masks, scores
+from tests.behaviour.harness import Case, cases, check, normal
 
 causal = masks.causal()
 

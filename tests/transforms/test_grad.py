@@ -17,10 +17,8 @@ from tests.transforms.reference import (
     dense,
     dense_attention,
     flex,
-    masked,
     operands,
     scalar,
-    scored,
 )
 
 

@@ -1,0 +1,75 @@
+"""flexjax itself, by the backend that it chooses or by a named one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+import flexjax
+from benchmarks.peers.base import Case, Contender, compiled_jax
+from benchmarks.variants import Shape, Variant
+
+# What a backend's kernel is called in the compiled program.
+_KERNELS = {"mosaic_gpu": "mosaic_gpu", "triton": "triton"}
+
+
+def backend_in(program: str) -> str:
+    """Which backend a compiled program's text shows: its custom call, or xla where there is none."""
+    targets = [line for line in program.splitlines() if "custom_call_target=" in line]
+    for backend, kernel in _KERNELS.items():
+        if any(f'custom_call_target="{kernel}' in line for line in targets):
+            return backend
+    return "xla"
+
+
+class Flexjax:
+    """`flexjax.flex_attention` under jit, with the block mask and the captured arrays as arguments."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        self.backend = backend
+
+    @property
+    def name(self) -> str:
+        return "flexjax" if self.backend is None else f"flexjax/{self.backend}"
+
+    def missing(self) -> str | None:
+        return None
+
+    def supports(self, shape: Shape, variant: Variant) -> bool:
+        return True
+
+    def forward(self, case: Case) -> Contender:
+        shape, variant, options = case.shape, case.variant, case.options
+        captures = {name: jnp.asarray(x) for name, x in variant.captures(shape).items()}
+        mask_mod = variant.mods(jnp, captures, shape).mask
+        block_mask = None
+        if mask_mod is not None:
+            block_mask = flexjax.create_block_mask(
+                mask_mod, None, None, shape.q_len, shape.kv_len, options.block_size
+            )
+
+        def attend(query: Any, key: Any, value: Any, block_mask: Any, captures: Any) -> Any:
+            return flexjax.flex_attention(
+                query,
+                key,
+                value,
+                score_mod=variant.mods(jnp, captures, shape).score,
+                block_mask=block_mask,
+                kernel_options=options.kernel_options or None,
+                backend=self.backend,
+            )
+
+        return compiled_jax(
+            lambda program: f"flexjax/{self.backend or backend_in(program)}",
+            attend,
+            case.inputs.sets,
+            (block_mask, captures),
+            layout="BHLD",
+            config=dict(options.kernel_options),
+            block_size=None if block_mask is None else block_mask.block_size,
+            density=None if block_mask is None else 1.0 - block_mask.sparsity() / 100.0,
+        )
+
+    def release(self) -> None:
+        pass

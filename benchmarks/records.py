@@ -1,0 +1,136 @@
+"""Measurements as JSON lines: one object a row, the same keys in every suite."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COMMIT_VARIABLE = "FLEXJAX_COMMIT"
+
+# In the order of the rows. A row has the keys that apply to it and no others.
+KEYS = (
+    "suite",  # forward, backward, decode, mask, train, infer
+    "run",  # one id a run; ratios are taken inside a run only
+    "peer",
+    "variant",
+    *("B", "Hq", "Hkv", "L", "S", "D", "Dv"),
+    "window",  # of sliding_window
+    "page",
+    "dtype",
+    "layout",
+    "ms",  # median over the rounds
+    "spread",  # (slowest - fastest) / median of the rounds
+    "tflops",  # from the blocks of 128 x 128 that the variant needs, whatever the peer visits
+    "tbs",
+    "peak_mb",
+    "compile_s",
+    "error",  # relative, against the float64 reference
+    "failure",  # why there is no time
+    "block_size",  # of the peer's block mask
+    "density",  # of those blocks, what is visited; without a block mask, of the 128 x 128 that are needed
+    "config",
+    "device",
+    "sm_clock",  # MHz under load
+    "jax",
+    "torch",
+    "commit",
+)
+
+
+def make_row(**values: Any) -> dict[str, Any]:
+    """A row with its keys in order; values of None are left out.
+
+    Raises:
+        ValueError: a key is not one of KEYS.
+    """
+    unknown = sorted(values.keys() - set(KEYS))
+    if unknown:
+        raise ValueError(
+            f"Rows have no key {', '.join(unknown)}. Add it to benchmarks.records.KEYS."
+        )
+    return {key: values[key] for key in KEYS if values.get(key) is not None}
+
+
+def new_run() -> str:
+    """The id of a run that starts now: the time in UTC, to the second."""
+    return dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
+
+
+def provenance() -> dict[str, Any]:
+    """Where rows of this process come from: device, versions, commit."""
+    import jax
+
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"cpu ({platform.machine()}, {name})"
+    return {
+        "device": name,
+        "jax": jax.__version__,
+        "torch": _installed("torch"),
+        "commit": _commit(),
+    }
+
+
+def results_file(folder: Path | None, suite: str, run: str, device: str) -> Path:
+    """The file of a run's rows: in `folder`, or under the device's name in the committed results."""
+    place = RESULTS / device_folder(device) if folder is None else folder
+    return place / f"{suite}-{run[:8]}.jsonl"
+
+
+def device_folder(device: str) -> str:
+    """A short folder name: h100 for "NVIDIA H100 80GB HBM3", cpu for a CPU."""
+    model = re.search(r"\b[A-Z]+[0-9]+\b", device)
+    if device.startswith("cpu"):
+        return "cpu"
+    return model[0].lower() if model else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds rows to a file. Called after every case, so that a run that is cut short keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of all files, in order."""
+    lines = [line for path in paths for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit that is measured, with "-dirty" if files under version control differ from it.
+
+    A machine that gets a copy of the files without their history is told by FLEXJAX_COMMIT.
+    """
+    told = os.environ.get(COMMIT_VARIABLE)
+    if told:
+        return told
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return (commit + ("-dirty" if changed else "")) if commit else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""

@@ -1,0 +1,140 @@
+"""A run: every case of a suite, each peer through the gate, then all of them timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from benchmarks import peers, records, table
+from benchmarks.progress import Progress
+from benchmarks.settings import Settings
+from benchmarks.timing import Timing, clock_reader, interleaved
+from benchmarks.variants import work
+
+Rows = list[dict[str, Any]]
+Check = Callable[[peers.Contender, Any], tuple[float, str | None]]
+
+
+class Suite(Protocol):
+    """What distinguishes one suite from another."""
+
+    @property
+    def name(self) -> str: ...
+
+    def count(self, settings: Settings) -> int:
+        """How many cases there are."""
+
+    def cases(self, settings: Settings) -> Iterator[peers.Case]:
+        """The cases; inputs are made when a shape's first case is reached."""
+
+    def prepare(self, peer: peers.Peer, case: peers.Case) -> peers.Contender:
+        """Compiles what this suite measures."""
+
+    def checker(self, case: peers.Case) -> Check:
+        """A function from a contender and its result to (relative error, what is wrong with it or None)."""
+
+    def figures(self, case: peers.Case, ms: float) -> dict[str, Any]:
+        """Rates that follow from the time of one call."""
+
+
+def run(suite: Suite, settings: Settings, default_peers: tuple[str, ...]) -> Rows:
+    """Measures all cases, writing each one's rows as soon as it has them."""
+    able, reasons = peers.partition(list(settings.peers or default_peers))
+    origin, run_id = records.provenance(), records.new_run()
+    path = records.results_file(settings.out, suite.name, run_id, origin["device"])
+    progress = Progress(suite.count(settings))
+    progress.say(f"run {run_id} on {origin['device']}, commit {origin['commit']}")
+    for name, reason in reasons.items():
+        progress.say(f"without {name}: {reason}")
+    clock = clock_reader()
+    rows: Rows = []
+    for case in suite.cases(settings):
+        label = f"{case.shape.name} {case.variant.name}"
+        if settings.minutes is not None and progress.seconds > 60 * settings.minutes:
+            progress.say(
+                f"{progress.total - progress.done} cases left out from {label} on: time is up"
+            )
+            break
+        progress.begin(label)
+        measured = measure(suite, case, able, settings, clock)
+        new = [records.make_row(suite=suite.name, run=run_id, **row, **origin) for row in measured]
+        rows += new
+        if settings.write:
+            records.append(path, new)
+        progress.end(f"{label}: {table.case_line(new)}")
+    progress.close()
+    if settings.write:
+        print(f"rows: {path}")
+    return rows
+
+
+def measure(
+    suite: Suite,
+    case: peers.Case,
+    able: list[peers.Peer],
+    settings: Settings,
+    clock: Callable[[], float | None],
+) -> Rows:
+    """The rows of one case, without those keys that are the same in the whole run."""
+    check = suite.checker(case)
+    rows: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, peers.Contender] = {}
+    for peer in able:
+        if not peer.supports(case.shape, case.variant):
+            continue
+        row = rows[peer.name] = {"peer": peer.name, **_case_keys(case)}
+        try:
+            contender = suite.prepare(peer, case)
+            row.update(_contender_keys(contender))
+            row["error"], wrong = check(contender, contender.call(0))
+        except Exception as error:
+            row["failure"] = _sentence(error)
+            continue
+        if wrong is None:
+            contenders[peer.name] = contender
+        else:
+            row["failure"] = wrong
+    timings, failures = interleaved(contenders, settings.plan, clock=clock)
+    for name, timing in timings.items():
+        rows[name].update(_timing_keys(timing), **suite.figures(case, timing.ms))
+    for name, error in failures.items():
+        rows[name]["failure"] = _sentence(error)
+    for peer in able:
+        peer.release()
+    return list(rows.values())
+
+
+def _case_keys(case: peers.Case) -> dict[str, Any]:
+    window = case.shape.window if case.variant.name == "sliding_window" else None
+    return {
+        "variant": case.variant.name,
+        **case.shape.sizes,
+        "window": window,
+        "dtype": case.inputs.dtype.name,
+        "density": work(case.variant, case.shape).density,
+    }
+
+
+def _contender_keys(contender: peers.Contender) -> dict[str, Any]:
+    keys = {
+        "peer": contender.peer,
+        "layout": contender.layout,
+        "compile_s": round(contender.compile_s, 3),
+        "config": contender.config,
+    }
+    if contender.density is not None:
+        keys |= {"block_size": contender.block_size, "density": contender.density}
+    return keys
+
+
+def _timing_keys(timing: Timing) -> dict[str, Any]:
+    return {
+        "ms": round(timing.ms, 5),
+        "spread": round(timing.spread, 4),
+        "sm_clock": timing.sm_clock,
+    }
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"

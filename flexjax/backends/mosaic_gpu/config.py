@@ -1,0 +1,168 @@
+"""How the forward kernel is configured, and the heuristics that choose it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flexjax.problem import Problem
+
+# A consumer warpgroup computes this many query rows: the M of Hopper's matrix instruction.
+WARPGROUP_ROWS = 64
+# Shared memory of a Hopper CTA, less what the barriers take.
+SHARED_MEMORY = 227 * 1024 - 1024
+# Streaming multiprocessors of an H100 SXM; used where the device is not at hand.
+CORES = 132
+
+KV_TILES = (128, 64)
+
+# Registers a thread of the consumers and of the producer, by the number of consumer warpgroups. A CTA of one
+# consumer and the producer gets 255 for everybody without asking.
+REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static choices of the forward kernel.
+
+    Attributes:
+        warpgroups: consumer warpgroups, of 64 query rows each.
+        kv_tile: keys of one step.
+        stages: tiles of keys, and of values, in flight.
+        persistent: one CTA a multiprocessor, walking over the tiles; otherwise one CTA a tile.
+        ping_pong: warpgroups take turns on the tensor cores, so that one's softmax hides behind the other's
+            matrix products.
+        trust_maximum: full steps skip the search for the row maxima (see softmax.py).
+        approx_math: approximate transcendental functions in the mods.
+        cores: CTAs of a persistent grid.
+        interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
+    """
+
+    warpgroups: int
+    kv_tile: int
+    stages: int
+    persistent: bool
+    ping_pong: bool
+    trust_maximum: bool
+    approx_math: bool
+    cores: int = CORES
+    interpret: bool = False
+
+    @property
+    def q_tile(self) -> int:
+        """Queries of one CTA's tile."""
+        return self.warpgroups * WARPGROUP_ROWS
+
+
+OPTIONS = {
+    "warpgroups": int,
+    "kv_tile": int,
+    "stages": int,
+    "persistent": bool,
+    "ping_pong": bool,
+    "trust_maximum": bool,
+    "approx_math": bool,
+    "interpret": bool,
+}
+
+
+def padded_dim(dim: int) -> int:
+    """Head dimension as the kernel sees it: 16 numbers are the narrowest swizzled row of shared memory."""
+    return -(-dim // 16) * 16
+
+
+def own_output_buffer(problem: Problem, persistent: bool) -> bool:
+    """Whether the output has its own shared memory rather than the queries'.
+
+    A persistent CTA loads the next queries while it stores the output.
+    """
+    return persistent or padded_dim(problem.qk_dim) != padded_dim(problem.v_dim)
+
+
+def shared_memory(problem: Problem, config: Config) -> int:
+    """Bytes of shared memory that the kernel's tiles take."""
+    d, dv = padded_dim(problem.qk_dim), padded_dim(problem.v_dim)
+    numbers = config.q_tile * d + config.stages * config.kv_tile * (d + dv)
+    if own_output_buffer(problem, config.persistent):
+        numbers += config.q_tile * dv
+    if config.interpret:  # probabilities, see forward_sm90.py
+        numbers += config.q_tile * config.kv_tile
+    return 2 * numbers
+
+
+def choose(problem: Problem, cores: int = CORES) -> Config:
+    """The configuration for a problem; its kernel options override the heuristics.
+
+    Raises:
+        NotImplementedError: no configuration fits the block sizes, or the options do not fit the problem.
+    """
+    interpret = problem.option("interpret", False)
+    warpgroups = problem.option("warpgroups", _warpgroups(problem))
+    config = Config(
+        warpgroups=warpgroups,
+        kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups)),
+        stages=4 if _narrow(problem) else 2,
+        persistent=problem.option("persistent", True),
+        ping_pong=problem.option("ping_pong", True) and not interpret,
+        trust_maximum=problem.option("trust_maximum", True),
+        approx_math=problem.option("approx_math", True),
+        cores=cores,
+        interpret=interpret,
+    )
+    stages = problem.option("stages", None)
+    if stages is not None:
+        return _checked(problem, dataclasses.replace(config, stages=stages))
+    # What does not fit gives up first the overlap of tiles, then a stage.
+    fallbacks = [config]
+    if "persistent" not in dict(problem.options):
+        fallbacks.append(dataclasses.replace(config, persistent=False))
+    fallbacks += [dataclasses.replace(c, stages=2) for c in fallbacks]
+    fallbacks += [dataclasses.replace(c, stages=1) for c in fallbacks[:2]]
+    fitting = [c for c in fallbacks if shared_memory(problem, c) <= SHARED_MEMORY]
+    return _checked(problem, fitting[0] if fitting else fallbacks[-1])
+
+
+def _narrow(problem: Problem) -> bool:
+    return max(problem.qk_dim, problem.v_dim) <= 64
+
+
+def _warpgroups(problem: Problem) -> int:
+    if problem.blocks is None:
+        if problem.q_len <= WARPGROUP_ROWS:
+            return 1
+        return 3 if _narrow(problem) else 2
+    return 1 if problem.blocks.geometry.q_block % (2 * WARPGROUP_ROWS) else 2
+
+
+def _kv_tile(problem: Problem, warpgroups: int) -> int:
+    """The widest tile that the registers hold and that divides the mask's blocks."""
+    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3
+    widest = 128 if roomy else 64
+    block = widest if problem.blocks is None else problem.blocks.geometry.kv_block
+    return next((n for n in KV_TILES if n <= widest and block % n == 0), KV_TILES[-1])
+
+
+def _checked(problem: Problem, config: Config) -> Config:
+    if config.warpgroups not in REGISTERS:
+        raise NotImplementedError(
+            f"The kernel runs 1, 2 or 3 consumer warpgroups, but {config.warpgroups} were asked for."
+        )
+    if config.kv_tile not in KV_TILES:
+        raise NotImplementedError(
+            f"The kernel's tiles have {' or '.join(map(str, KV_TILES))} keys, but {config.kv_tile} were "
+            "asked for."
+        )
+    if problem.blocks is not None:
+        geometry = problem.blocks.geometry
+        if geometry.q_block % config.q_tile or geometry.kv_block % config.kv_tile:
+            raise NotImplementedError(
+                f"The block mask has blocks of ({geometry.q_block}, {geometry.kv_block}) positions, which "
+                f"tiles of ({config.q_tile}, {config.kv_tile}) do not divide. Build it with a block size "
+                "that is a multiple of 64, best of 128."
+            )
+    needed = shared_memory(problem, config)
+    if needed > SHARED_MEMORY:
+        raise NotImplementedError(
+            f"The kernel's tiles would take {needed} bytes of shared memory of {SHARED_MEMORY}: "
+            f"{config.stages} stages of {config.kv_tile} keys. Ask for fewer stages or smaller tiles."
+        )
+    return config

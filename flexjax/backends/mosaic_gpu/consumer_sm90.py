@@ -1,0 +1,264 @@
+"""The consumers of the forward kernel: matrix products and softmax of 64 queries. See forward_sm90.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import emit, registers
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
+from flexjax.backends.mosaic_gpu.registers import TILE
+from flexjax.backends.mosaic_gpu.schedule import TilePosition
+from flexjax.backends.mosaic_gpu.softmax import State
+from flexjax.mods import graph as graphs
+from flexjax.mods.graph import Graph
+
+
+class Accumulation(NamedTuple):
+    """What a consumer carries from step to step.
+
+    Attributes:
+        out: float32 [64, Dv], without the last step's product.
+        p: probabilities of the last step, as operand.
+        state: of the softmax.
+    """
+
+    out: Any
+    p: Any
+    state: State
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A warpgroup that computes 64 queries of every tile."""
+
+    kernel: Kernel
+    inputs: Inputs
+    outputs: Outputs
+    buffers: Buffers
+    warpgroup: Any
+
+    @property
+    def _query(self) -> Any:
+        return self.buffers.query.at[self.warpgroup]
+
+    @property
+    def _takes_turns(self) -> bool:
+        return self.kernel.config.ping_pong and self.kernel.config.warpgroups > 1
+
+    def run(self, cta: Any) -> None:
+        if self._takes_turns:  # the first turn is the first warpgroup's
+            last = self.kernel.config.warpgroups - 1
+            pl.when(self.warpgroup == last)(lambda: registers.give_turn_to(jnp.int32(0)))
+        self.kernel.schedule.for_each_tile(cta, self._tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _tile(self, tile: Any, begin: Any) -> Any:
+        kernel, buffers = self.kernel, self.buffers
+        position = kernel.schedule.position(tile, self.inputs.order)
+        steps = kernel.schedule.steps(self.inputs.lists, position)
+        v_dim = buffers.value.shape[-1]
+
+        plgpu.barrier_wait(buffers.query_full.at[self.warpgroup])
+        stage = kernel.stage(begin)
+        plgpu.barrier_wait(buffers.key_full.at[stage])
+        scores = self._raw_scores(stage)
+        plgpu.barrier_arrive(buffers.key_free.at[stage])
+        scores = self._scores(
+            scores, position, steps.first_key(0), masked=True, unmasked=steps.masked == 0
+        )
+        state = kernel.softmax.start(WARPGROUP_ROWS)
+        p, state, _ = kernel.softmax.searching(scores, state)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
+        carry = Accumulation(zeros, p.astype(kernel.problem.q_dtype), state)
+
+        def step(masked: bool) -> Any:
+            return lambda i, carry: self._step(
+                begin + i, steps.first_key(i), carry, position, masked
+            )
+
+        if kernel.has_masked_steps:
+            carry = lax.fori_loop(1, steps.masked, step(True), carry)
+            done = jnp.maximum(steps.masked, 1)
+        else:
+            done = 1
+        carry = lax.fori_loop(done, steps.computed, step(False), carry)
+        if kernel.config.persistent:
+            plgpu.barrier_arrive(buffers.query_free.at[self.warpgroup])
+        stage = kernel.stage(begin + steps.computed - 1)
+        plgpu.barrier_wait(buffers.value_full.at[stage])
+        out = self._add_product(carry.out, carry.p, stage)
+        plgpu.barrier_arrive(buffers.value_free.at[stage])
+        self._store(out, carry.state, position, steps.count > 0)
+        return begin + steps.computed
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _step(
+        self, number: Any, first_key: Any, carry: Accumulation, position: TilePosition, masked: bool
+    ) -> Accumulation:
+        """Scores and softmax of step `number`; the product with the values of the one before."""
+        kernel, buffers, softmax = self.kernel, self.buffers, self.kernel.softmax
+        stage, previous = kernel.stage(number), kernel.stage(number - 1)
+        plgpu.barrier_wait(buffers.key_full.at[stage])
+        if kernel.config.interpret:
+            scores = self._raw_scores(stage)
+            plgpu.barrier_wait(buffers.value_full.at[previous])
+            out = self._add_product(carry.out, carry.p, previous)
+            plgpu.barrier_arrive(buffers.key_free.at[stage])
+            scores = self._scores(scores, position, first_key, masked)
+            p, state, alpha = softmax.searching(scores, carry.state)
+            plgpu.barrier_arrive(buffers.value_free.at[previous])
+            return Accumulation(
+                softmax.rescaled(out, alpha), p.astype(kernel.problem.q_dtype), state
+            )
+
+        if self._takes_turns:
+            registers.wait_for_turn(self.warpgroup)
+        scores, out = self._issue_products(carry, stage, previous)
+        if self._takes_turns:
+            following = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
+            registers.give_turn_to(following)
+        plgpu.wgmma_wait(1)
+        # The optimization barriers tie values to the waits, which they do not depend on otherwise.
+        scores = lax.optimization_barrier(scores)
+        plgpu.barrier_arrive(buffers.key_free.at[stage])
+        scores = self._scores(scores, position, first_key, masked)
+        update = softmax.searching if masked else softmax.trusting
+        p, state, alpha = lax.optimization_barrier(update(scores, carry.state))
+        registers.keep_above_next_wait(state.total)
+        plgpu.wgmma_wait(0)
+        out = lax.optimization_barrier(out)
+        plgpu.barrier_arrive(buffers.value_free.at[previous])
+        return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
+
+    def _raw_scores(self, stage: Any) -> Any:
+        """Q K^T of one stage."""
+
+        def product(scores: Any) -> Any:
+            plgpu.wgmma(scores, self._query, self.buffers.key.at[stage].transpose((1, 0)))
+            return scores[...]
+
+        shape = (WARPGROUP_ROWS, self.kernel.config.kv_tile)
+        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+
+    def _issue_products(self, carry: Accumulation, stage: Any, previous: Any) -> tuple[Any, Any]:
+        """Issues Q K^T of one stage and adds P V of the previous one; awaits neither."""
+
+        def products(scores: Any, out: Any) -> Any:
+            out[...] = carry.out
+            plgpu.wgmma(scores, self._query, self.buffers.key.at[stage].transpose((1, 0)))
+            plgpu.barrier_wait(self.buffers.value_full.at[previous])
+            plgpu.wgmma(out, carry.p, self.buffers.value.at[previous])
+            return tuple(plgpu.wgmma_accumulator_load(x, wait_n=None) for x in (scores, out))
+
+        shape = (WARPGROUP_ROWS, self.kernel.config.kv_tile)
+        return pl.run_scoped(
+            products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(carry.out.shape, jnp.float32)
+        )
+
+    def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
+        """Adds P V to the output."""
+        value = self.buffers.value.at[stage]
+        if not self.kernel.config.interpret:
+            return pl.run_state(lambda acc: plgpu.wgmma(acc, p, value))(plgpu.ACC.init(out))
+        # The interpreter has neither run_state nor operands in registers.
+        (buffer,) = self.buffers.probabilities
+        buffer = buffer.at[self.warpgroup]
+        buffer[...] = p
+        plgpu.commit_smem()
+
+        def product(acc: Any) -> Any:
+            plgpu.wgmma(acc, buffer, value)
+            return acc[...]
+
+        return out + pl.run_scoped(product, plgpu.ACC(out.shape, jnp.float32))
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def _scores(
+        self,
+        raw: Any,
+        position: TilePosition,
+        first_key: Any,
+        masked: bool,
+        unmasked: Any = None,
+    ) -> Any:
+        """Modified and, in masked steps, masked scores of a tile, up to a factor.
+
+        Args:
+            raw: Q K^T.
+            position: the tile.
+            first_key: index of the first key.
+            masked: whether the mask and the end of the keys count.
+            unmasked: scalar, true where the mask does not count after all.
+        """
+        kernel, problem = self.kernel, self.kernel.problem
+        graph, before = kernel.scores.graph, kernel.scores.before
+        scores = raw if before == 1.0 else raw * before
+        tile = emit.TileInputs(
+            score=scores,
+            b=position.b,
+            h=position.h,
+            q_start=position.q * kernel.config.q_tile + self.warpgroup * WARPGROUP_ROWS,
+            kv_start=kernel.schedule.inside(first_key),
+            q_size=scores.shape[0],
+            kv_size=scores.shape[1],
+            q_limit=problem.q_len,
+            # Only masked steps reach over the last key; the others need no clamping.
+            kv_limit=problem.kv_len if masked else scores.shape[1],
+            approx_math=kernel.config.approx_math,
+            interpret=kernel.config.interpret,
+        )
+        if graph is not None:
+            scores = _on_tile(graph, self.inputs.score_captures, tile)
+        if not masked:
+            return scores
+        if problem.mask is not None:
+            allowed = _on_tile(problem.mask, self.inputs.mask_captures, tile)
+            if unmasked is not None:
+                allowed = allowed | jnp.broadcast_to(unmasked, allowed.shape)
+            scores = jnp.where(allowed, scores, -jnp.inf)
+        if kernel.schedule.overhang:
+            offset = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
+            scores = jnp.where(offset < problem.kv_len - first_key, scores, -jnp.inf)
+        return scores
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _store(self, out: Any, state: State, position: TilePosition, has_keys: Any) -> None:
+        """Writes output and statistics of a tile; what lies beyond the last query TMA drops."""
+        kernel, config = self.kernel, self.kernel.config
+        inverse, lse, maxima = kernel.softmax.finish(state)
+        out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+        if kernel.problem.blocks is not None:
+            out = jnp.where(jnp.broadcast_to(has_keys, out.shape), out, 0.0)
+            lse, maxima = (
+                jnp.where(jnp.broadcast_to(has_keys, x.shape), x, -jnp.inf) for x in (lse, maxima)
+            )
+        first = position.q * config.q_tile + self.warpgroup * WARPGROUP_ROWS
+        if self.buffers.out:
+            buffer = self.buffers.out[0].at[self.warpgroup]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        else:
+            buffer = self._query
+        buffer[...] = out.astype(kernel.problem.q_dtype)
+        plgpu.commit_smem()
+        rows = kernel.rows(self.outputs.out, position.b, position.h, first, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(buffer, rows)
+        where = (position.b, position.h, pl.ds(first, WARPGROUP_ROWS))
+        self.outputs.lse[where] = lse
+        for ref in self.outputs.max_scores:
+            ref[where] = maxima
+
+
+def _on_tile(mod: Graph, captures: tuple[Any, ...], tile: emit.TileInputs) -> Any:
+    """A mod's value at every position of a tile."""
+    (value,) = emit.evaluate_on_tile(mod, captures, tile)
+    return emit.broadcast(value, graphs.TILE, tile)

@@ -1,0 +1,208 @@
+"""The forward pass on Hopper: one warp-specialised kernel with the mods inlined.
+
+A CTA computes tiles of `q_tile` queries of one head. Its last warpgroup, the *producer*, walks the steps of every
+tile and copies keys and values into a ring of shared-memory stages by TMA. Each of the others, the *consumers*,
+owns 64 queries:
+
+    S_0 = Q K_0^T;  P_0 = softmax of S_0
+    for step i = 1, 2, ...:
+        issue S_i = Q K_i^T, then O += P_{i-1} V_{i-1}, wait for S_i only
+        P_i = softmax of S_i                  while the second product runs
+        wait for O; rescale it
+    O += P_last V_last;  O / l
+
+so that the matrix products of a warpgroup run under its own softmax, and the warpgroups take turns at issuing them
+(FlashAttention-3, arXiv:2407.08608). Masked steps come before the others; schedule.py says which steps
+there are, softmax.py how P is computed.
+
+Every barrier completion is awaited by everyone who uses the barrier, the last ones in `_drain`. A tile without
+steps computes one step on some block and drops the result by selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import config as configs
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.consumer_sm90 import Consumer
+from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
+from flexjax.backends.mosaic_gpu.schedule import Schedule
+from flexjax.problem import BLHD, Operands, Problem, Result
+
+
+def forward(problem: Problem, operands: Operands, config: Config) -> Result:
+    """Runs the kernel.
+
+    Copies an operand only if TMA cannot address it: see `_addressable`.
+    """
+    schedule = Schedule(problem, config)
+    kernel = Kernel(schedule)
+    query, key, value = (
+        _addressable(x, problem.layout, length, tile if config.interpret else 8)
+        for x, length, tile in (
+            (operands.query, problem.q_len, config.q_tile),
+            (operands.key, problem.kv_len, config.kv_tile),
+            (operands.value, problem.kv_len, config.kv_tile),
+        )
+    )
+    lists = operands.lists
+    counts_and_indices = (
+        ()
+        if lists is None
+        else (
+            lists.kv_num_blocks,
+            lists.kv_indices,
+            lists.full_kv_num_blocks,
+            lists.full_kv_indices,
+        )
+    )
+    score_captures = operands.score_captures if problem.score is not None else ()
+    inputs = Inputs(
+        query,
+        key,
+        value,
+        counts_and_indices,
+        (schedule.longest_first(lists),) if schedule.sorts_rows else (),
+        *(tuple(map(_capture, c)) for c in (score_captures, operands.mask_captures)),
+    )
+    leaves, tree = jax.tree.flatten(inputs)
+    stats = jax.ShapeDtypeStruct(
+        (*problem.stats_shape()[:2], schedule.q_tiles * config.q_tile), jnp.float32
+    )
+    out_shape = (*query.shape[:-1], value.shape[-1])
+    outputs = Outputs(
+        jax.ShapeDtypeStruct(out_shape, problem.q_dtype),
+        stats,
+        (stats,) if problem.max_scores else (),
+    )
+    out_leaves, out_tree = jax.tree.flatten(outputs)
+
+    def flexjax_forward(*refs: Any) -> None:
+        n_in, n_out = len(leaves), len(out_leaves)
+        _run(
+            kernel,
+            jax.tree.unflatten(tree, refs[:n_in]),
+            jax.tree.unflatten(out_tree, refs[n_in : n_in + n_out]),
+            Buffers(*refs[n_in + n_out :]),
+        )
+
+    call = plgpu.kernel(
+        flexjax_forward,
+        out_type=tuple(out_leaves),
+        scratch_types=kernel.buffers(query.shape[-1], value.shape[-1]),
+        grid=(schedule.ctas,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=config.approx_math,
+            # The barriers are all written out below.
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+        ),
+        interpret=plgpu.InterpretGPUParams() if config.interpret else None,
+    )
+    result = jax.tree.unflatten(out_tree, call(*leaves))
+    axis = 1 if problem.layout == BLHD else 2
+    out = lax.slice_in_dim(result.out, 0, problem.q_len, axis=axis)[..., : problem.v_dim]
+    lse, *max_scores = (x[..., : problem.q_len] for x in (result.lse, *result.max_scores))
+    return Result(out, lse, max_scores[0] if max_scores else None)
+
+
+def _addressable(x: Any, layout: str, length: int, multiple: int) -> Any:
+    """The array as TMA can read it, in tiles of 8 rows of at least 32 bytes.
+
+    A head dimension that is no multiple of 16, or a length that is no multiple of 8, is filled up with zeros;
+    the end of the last tile TMA fills up by itself. The interpreter wants whole tiles.
+    """
+    rows = [(0, 0)] * 4
+    rows[1 if layout == BLHD else 2] = (0, -length % multiple)
+    rows[3] = (0, configs.padded_dim(x.shape[3]) - x.shape[3])
+    return x if not any(high for _, high in rows) else jnp.pad(x, rows)
+
+
+def _capture(x: Any) -> Any:
+    """A captured array as kernels read it: bools as int8, and at least one axis."""
+    x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
+    return x.reshape(1) if x.ndim == 0 else x
+
+
+def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
+    """The kernel's body, as every warpgroup executes it."""
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    consumers = kernel.config.warpgroups
+    limits = configs.REGISTERS[consumers]
+
+    @pl.when(warpgroup < consumers)
+    def _() -> None:
+        if limits is not None:
+            plgpu.set_max_registers(limits[0], action="increase")
+        Consumer(kernel, inputs, outputs, buffers, warpgroup).run(cta)
+
+    @pl.when(warpgroup == consumers)
+    def _() -> None:
+        if limits is not None:
+            plgpu.set_max_registers(limits[1], action="decrease")
+        Producer(kernel, inputs, buffers).run(cta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Producer:
+    """The warpgroup that copies queries, keys and values into shared memory."""
+
+    kernel: Kernel
+    inputs: Inputs
+    buffers: Buffers
+
+    def run(self, cta: Any) -> None:
+        config = self.kernel.config
+        end = self.kernel.schedule.for_each_tile(cta, self._load_tile)
+        self._drain(end)
+        if config.persistent:
+            for w in range(config.warpgroups):
+                plgpu.barrier_wait(self.buffers.query_free.at[w])
+
+    def _load_tile(self, tile: Any, begin: Any) -> Any:
+        kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
+        position = kernel.schedule.position(tile, self.inputs.order)
+        steps = kernel.schedule.steps(self.inputs.lists, position)
+        for w in range(config.warpgroups):
+            if config.persistent:
+                pl.when(begin > 0)(lambda w=w: plgpu.barrier_wait(buffers.query_free.at[w]))
+            first = position.q * config.q_tile + w * WARPGROUP_ROWS
+            rows = kernel.rows(self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS)
+            plgpu.copy_gmem_to_smem(rows, buffers.query.at[w], buffers.query_full.at[w])
+        b, h = kernel.schedule.kv_row(position)
+
+        def load(i: Any, _: Any) -> None:
+            step = begin + i
+            stage = kernel.stage(step)
+            first = kernel.schedule.inside(steps.first_key(i))
+            first = pl.multiple_of(first, config.kv_tile)
+            for source, target, full, free in (
+                (self.inputs.key, buffers.key, buffers.key_full, buffers.key_free),
+                (self.inputs.value, buffers.value, buffers.value_full, buffers.value_free),
+            ):
+                free_stage = free.at[stage]
+                pl.when(step >= config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+                rows = kernel.rows(source, b, h, first, config.kv_tile)
+                plgpu.copy_gmem_to_smem(rows, target.at[stage], full.at[stage])
+
+        lax.fori_loop(0, steps.computed, load, None)
+        return begin + steps.computed
+
+    def _drain(self, end: Any) -> None:
+        def wait(step: Any, _: Any) -> None:
+            stage = self.kernel.stage(step)
+            plgpu.barrier_wait(self.buffers.key_free.at[stage])
+            plgpu.barrier_wait(self.buffers.value_free.at[stage])
+
+        lax.fori_loop(jnp.maximum(end - self.kernel.config.stages, 0), end, wait, None)

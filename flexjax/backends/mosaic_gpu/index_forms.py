@@ -1,0 +1,124 @@
+"""Integers of one thread as sums of a few base values and a static offset.
+
+A thread holds elements of a tile at static distances from each other, so the indices of its elements differ by
+constants: query `q_start + row + 8`, key `kv_start + column + 17`. Kept apart, the constants end up as
+immediate operands of comparisons, additions and loads, and expressions of q - kv turn out equal along the
+tile's diagonals: a thread computes 34 of them for 64 elements (64 x 128 tile).
+
+All sums are modulo 2**32, as int32 arithmetic is; bounds are kept where more must be known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from flexjax.backends.mosaic_gpu import lanes
+from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Form:
+    """sum(coefficient * base) + offset. Made by `Forms` only, which makes equal forms identical.
+
+    Attributes:
+        terms: (base, coefficient) pairs, sorted; bases by their position in `Forms`.
+        offset: the static part, as a signed 32-bit number.
+        real: whether the value is a float32 that holds this integer exactly.
+    """
+
+    terms: tuple[tuple[int, int], ...]
+    offset: int
+    real: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    lane: Lane
+    bound: int | None
+    divisor: int
+
+
+def _signed(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+class Forms:
+    """The forms of one program, and the instructions that compute them."""
+
+    def __init__(self) -> None:
+        self._bases: list[_Base] = []
+        self._of_lane: dict[int, Form] = {}
+        self._interned: dict[tuple, Form] = {}
+        self._sums: dict[tuple, Lane] = {}
+        self._lanes: dict[int, Lane] = {}
+
+    def _form(self, terms: dict[int, int], offset: int, real: bool = False) -> Form:
+        items = ((base, _signed(c)) for base, c in terms.items())
+        key = (tuple(sorted((b, c) for b, c in items if c)), _signed(offset), real)
+        if key not in self._interned:
+            self._interned[key] = Form(*key)
+        return self._interned[key]
+
+    def constant(self, value: int) -> Form:
+        return self._form({}, value)
+
+    def base(self, lane: Lane, bound: int | None = None, divisor: int = 1) -> Form:
+        """A value as a form of its own; |value| <= bound, and divisor divides it."""
+        if id(lane) not in self._of_lane:
+            self._bases.append(_Base(lane, bound, divisor))
+            self._of_lane[id(lane)] = self._form({len(self._bases) - 1: 1}, 0)
+        return self._of_lane[id(lane)]
+
+    def add(self, x: Form, y: Form, sign: int = 1) -> Form:
+        terms = dict(x.terms)
+        for base, coefficient in y.terms:
+            terms[base] = terms.get(base, 0) + sign * coefficient
+        return self._form(terms, x.offset + sign * y.offset, x.real)
+
+    def scale(self, x: Form, factor: int) -> Form:
+        return self._form({b: factor * c for b, c in x.terms}, factor * x.offset)
+
+    def as_real(self, x: Form) -> Form:
+        return self._form(dict(x.terms), x.offset, real=True)
+
+    def bound(self, x: Form) -> int | None:
+        """A bound of |x| and of the sum of the terms; None where there is none."""
+        total = abs(x.offset)
+        for base, coefficient in x.terms:
+            bound = self._bases[base].bound
+            if bound is None:
+                return None
+            total += abs(coefficient) * bound
+        return total
+
+    def divisor(self, x: Form) -> int:
+        """What divides the sum of the terms."""
+        return math.gcd(*(self._bases[base].divisor * c for base, c in x.terms))
+
+    def sum_of_terms(self, x: Form) -> Lane:
+        """The form without its offset, as int32."""
+        if x.terms not in self._sums:
+            total = None
+            for base, coefficient in x.terms:
+                lane = self._bases[base].lane
+                if coefficient != 1:
+                    lane = -lane if coefficient == -1 else lane * coefficient
+                total = lane if total is None else total + lane
+            self._sums[x.terms] = lanes.const(0, I32) if total is None else total
+        return self._sums[x.terms]
+
+    def lane(self, x: Form) -> Lane:
+        """The value, int32 or float32; the same lane for the same form."""
+        if id(x) not in self._lanes:
+            self._lanes[id(x)] = self._compute(x)
+        return self._lanes[id(x)]
+
+    def _compute(self, x: Form) -> Lane:
+        if not x.terms:
+            return lanes.const(x.offset, F32 if x.real else I32)
+        if not x.real:
+            return self.sum_of_terms(x) + x.offset if x.offset else self.sum_of_terms(x)
+        if x.offset:
+            return self.lane(self._form(dict(x.terms), 0, real=True)) + x.offset
+        return lanes.cast(self.sum_of_terms(x), F32)

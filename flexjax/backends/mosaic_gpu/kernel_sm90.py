@@ -1,0 +1,139 @@
+"""What the producer and the consumers of the forward kernel share: static facts, references, shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import config as configs
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.schedule import Schedule
+from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
+from flexjax.backends.mosaic_gpu.softmax import LOG2_E, Softmax
+from flexjax.problem import BLHD, Problem
+
+
+class Inputs(NamedTuple):
+    """References to what the kernel reads."""
+
+    query: Any
+    key: Any
+    value: Any
+    lists: tuple[Any, ...]
+    order: tuple[Any, ...]
+    score_captures: tuple[Any, ...]
+    mask_captures: tuple[Any, ...]
+
+
+class Outputs(NamedTuple):
+    """References to what the kernel writes; `max_scores` is empty or one reference."""
+
+    out: Any
+    lse: Any
+    max_scores: tuple[Any, ...]
+
+
+class Buffers(NamedTuple):
+    """Shared memory and barriers.
+
+    Attributes:
+        query: [warpgroups, 64, D].
+        key, value: [stages, kv_tile, D or Dv].
+        out: [warpgroups, 64, Dv], or empty where the output takes the queries' place.
+        probabilities: [warpgroups, 64, kv_tile] in the interpreter, or empty.
+        query_full, query_free: one barrier a warpgroup.
+        key_full, key_free, value_full, value_free: one barrier a stage.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    out: tuple[Any, ...]
+    probabilities: tuple[Any, ...]
+    query_full: Any
+    query_free: Any
+    key_full: Any
+    key_free: Any
+    value_full: Any
+    value_free: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernel of a problem under a schedule."""
+
+    schedule: Schedule
+
+    @property
+    def problem(self) -> Problem:
+        return self.schedule.problem
+
+    @property
+    def config(self) -> Config:
+        return self.schedule.config
+
+    @property
+    def softmax(self) -> Softmax:
+        problem, config = self.problem, self.config
+        return Softmax(
+            factor=LOG2_E * self.scores.after,
+            dtype=problem.q_dtype,
+            maxima=problem.max_scores,
+            trust=config.trust_maximum,
+            interpret=config.interpret,
+        )
+
+    @property
+    def scores(self) -> Scores:
+        """How scores come from the products of queries and keys."""
+        score = self.problem.score
+        return simplify(None if score is None else score.forward, self.problem.scale)
+
+    @property
+    def has_masked_steps(self) -> bool:
+        return self.problem.mask is not None or self.schedule.overhang
+
+    @property
+    def q_overhang(self) -> bool:
+        return self.problem.q_len % self.config.q_tile != 0
+
+    def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
+        config, dtype = self.config, self.problem.q_dtype
+
+        def tiles(*shape: int) -> Any:
+            swizzle = plgpu.find_swizzle(shape[-1] * 16)
+            tiling = plgpu.TilingTransform((8, swizzle // 2))
+            return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+        def barriers(count: int, arrivals: int = 1) -> Any:
+            return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+
+        n, stages, kv_tile = config.warpgroups, config.stages, config.kv_tile
+        own_out = configs.own_output_buffer(self.problem, config.persistent)
+        return Buffers(
+            query=tiles(n, WARPGROUP_ROWS, dim),
+            key=tiles(stages, kv_tile, dim),
+            value=tiles(stages, kv_tile, v_dim),
+            out=(tiles(n, WARPGROUP_ROWS, v_dim),) if own_out else (),
+            probabilities=(tiles(n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
+            query_full=barriers(n),
+            query_free=barriers(n),
+            key_full=barriers(stages),
+            key_free=barriers(stages, n),
+            value_full=barriers(stages),
+            value_free=barriers(stages, n),
+        )
+
+    def stage(self, step: Any) -> Any:
+        """The stage of a step, counted over all tiles of the CTA."""
+        return lax.rem(step, jnp.int32(self.config.stages))
+
+    def rows(self, ref: Any, b: Any, h: Any, first: Any, count: int) -> Any:
+        """Rows of one head of a tensor in the problem's layout."""
+        rows = pl.ds(first, count)
+        return ref.at[b, rows, h] if self.problem.layout == BLHD else ref.at[b, h, rows]

@@ -1,0 +1,279 @@
+"""A mod graph as the straight-line program that every thread of a warpgroup runs on its elements of a tile.
+
+Nodes are computed at their own rank, on the rows, columns and elements that a thread holds. Equal operands
+give one result, so whatever depends on q - kv alone is computed once a diagonal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+
+from flexjax.backends.mosaic_gpu import lanes, loads, placement, special, tile_ops
+from flexjax.backends.mosaic_gpu.index_forms import Form, Forms
+from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
+from flexjax.backends.mosaic_gpu.placement import Offsets
+from flexjax.mods.graph import COLUMN, ROW, SCALAR, TILE, Graph, Node
+from flexjax.mods.ops import COMPARISONS
+
+assert special  # fills tile_ops.TABLE
+
+# Integers of at most this magnitude are exact in float32.
+_FLOAT32_EXACT = 2**24
+
+# Bounds of indices are never taken to be lower than this, whatever the limits of the tile say.
+_LENGTH_FLOOR = 2**21
+
+Item = Lane | Form
+
+
+@dataclasses.dataclass(frozen=True)
+class TileType:
+    """What is static about the tiles that a program runs on; see `emit.TileInputs`."""
+
+    q_size: int
+    kv_size: int
+    q_limit: int
+    kv_limit: int
+    layout: Any
+    approx: bool
+
+    def shape_of(self, rank: str) -> tuple[int, ...]:
+        sizes = {SCALAR: (), ROW: (self.q_size,), COLUMN: (self.kv_size,)}
+        return sizes.get(rank, (self.q_size, self.kv_size))
+
+    def layout_of(self, rank: str) -> Any:
+        """Layout of values of a rank; scalars have none."""
+        if rank == SCALAR:
+            return None
+        return {ROW: self.layout.reduce(1), COLUMN: self.layout.reduce(0), TILE: self.layout}[rank]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `plgpu.inline_mgpu` inlines: a value rather than a closure, so that equal kernels trace equally.
+
+    Called with the scalars that `scalars` names, the scores if the graph depends on them, and the captures.
+    """
+
+    graph: Graph
+    tile: TileType
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The scalar inputs, in order: of `b`, `h`, `q_start`, `kv_start` those that the graph depends on."""
+        names = {"b": "b", "h": "h", "q": "q_start", "kv": "kv_start"}
+        return tuple(names[i] for i in ("b", "h", "q", "kv") if i in self._inputs)
+
+    @property
+    def has_score(self) -> bool:
+        return "score" in self._inputs
+
+    @functools.cached_property
+    def _inputs(self) -> frozenset[str]:
+        return self.graph.depends
+
+    def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
+        del ctx
+        scalars = {
+            name: Lane(array.registers.item(), I32)
+            for name, array in zip(self.scalars, args, strict=False)
+        }
+        rest = args[len(scalars) :]
+        score = rest[0] if self.has_score else None
+        run = _Run(self, scalars, score, rest[self.has_score :])
+        outputs = []
+        for position in self.graph.outputs:
+            node = self.graph.nodes[position]
+            layout = self.tile.layout_of(node.rank)
+            outputs.append(
+                placement.pack(
+                    functools.partial(run.lane, position),
+                    layout and layout.to_mgpu(),
+                    self.tile.shape_of(node.rank),
+                    tile_ops.carrier(node.dtype),
+                )
+            )
+        return outputs
+
+
+class _Run:
+    """One emission of a program."""
+
+    def __init__(
+        self,
+        program: Program,
+        scalars: dict[str, Lane],
+        score: mgpu.FragmentedArray | None,
+        refs: Sequence[Any],
+    ):
+        self.graph, self.tile, self.refs = program.graph, program.tile, refs
+        self.forms = Forms()
+        self.scalars = scalars
+        self.score = None if score is None else placement.unpack(score, F32)
+        layout, shape = self.tile.layout.to_mgpu(), self.tile.shape_of(TILE)
+        places = [o for register in placement.static_offsets(layout, shape) for o in register]
+        rows, columns = (sorted({o[axis] for o in places}) for axis in (0, 1))
+        self.offsets: dict[str, list[Offsets]] = {
+            SCALAR: [()],
+            ROW: [(r,) for r in rows],
+            COLUMN: [(c,) for c in columns],
+            TILE: sorted(places),
+        }
+        # Pairs of neighbouring keys start at even ones.
+        self._alignment = layout.vector_length if (0, 1) in places else 1
+        self._origin = placement.origin(layout, shape)
+        self._clamped = self._index_cone()
+        self.values: list[dict[Offsets, Item]] = []
+        live = self._live()
+        for position, node in enumerate(self.graph.nodes):
+            self.values.append(self._node(position, node) if position in live else {})
+
+    def lane(self, position: int, offsets: Offsets) -> Lane:
+        """The value of a node for one element."""
+        item = self.values[position][offsets]
+        return self.forms.lane(item) if isinstance(item, Form) else item
+
+    # -- what to compute ------------------------------------------------------------------------
+
+    def _cone(self, roots: set[int]) -> set[int]:
+        cone = set(roots)
+        for position in reversed(range(len(self.graph.nodes))):
+            if position in cone:
+                cone.update(self.graph.nodes[position].args)
+        return cone
+
+    def _live(self) -> set[int]:
+        return self._cone(set(self.graph.outputs))
+
+    def _index_cone(self) -> set[int]:
+        """Nodes that an index of a load depends on: those must see no query or key past the end."""
+        return self._cone({a for node in self.graph.nodes if node.op == "load" for a in node.args})
+
+    # -- nodes ----------------------------------------------------------------------------------
+
+    def _node(self, position: int, node: Node) -> dict[Offsets, Item]:
+        match node.op:
+            case "input":
+                return self._input(position, node["name"])
+            case "const":
+                value = node["value"].value
+                if node.dtype == I32:
+                    return {(): self.forms.constant(int(value))}
+                return {(): lanes.const(value, tile_ops.carrier(node.dtype))}
+            case "load":
+                return self._load(node)
+            case _:
+                return self._elementwise(node)
+
+    def _input(self, position: int, name: str) -> dict[Offsets, Item]:
+        if name == "score":
+            return self.score
+        if name in ("b", "h"):
+            return {(): self.forms.base(self.scalars[name])}
+        axis, rank = (0, ROW) if name == "q" else (1, COLUMN)
+        size, limit = self.tile.shape_of(TILE)[axis], (self.tile.q_limit, self.tile.kv_limit)[axis]
+        bound = max(limit, _LENGTH_FLOOR)
+        alignment = self._alignment if axis == 1 else 1
+        start = self.forms.base(self.scalars[f"{name}_start"], bound, size)
+        first = self.forms.add(start, self.forms.base(self._origin[axis], size, alignment))
+        values: dict[Offsets, Item] = {}
+        for offset in self.offsets[rank]:
+            form = self.forms.add(first, self.forms.constant(offset[0]))
+            if position in self._clamped and limit % size:
+                inside = lanes.minimum(self.forms.lane(form), limit - 1)
+                form = self.forms.base(inside, bound)
+            values[offset] = form
+        return values
+
+    def _argument(self, position: int, offsets: Offsets) -> Item:
+        """An operand's value for one element of the result, whose rank is the same or higher."""
+        rank = self.graph.nodes[position].rank
+        if rank == SCALAR:
+            return self.values[position][()]
+        if len(offsets) == 2 and rank != TILE:
+            offsets = (offsets[0 if rank == ROW else 1],)
+        return self.values[position][offsets]
+
+    def _load(self, node: Node) -> dict[Offsets, Item]:
+        places = self.offsets[node.rank]
+        indices = []
+        for argument in node.args:
+            items = [self._argument(argument, o) for o in places]
+            uniform = self.graph.nodes[argument].rank == SCALAR
+            indices.append(loads.Index([self._form(i) for i in items], uniform))
+        capture = node["capture"]
+        values = loads.load(self.refs[capture], self.graph.captures[capture], indices, self.forms)
+        values = values if len(values) == len(places) else values * len(places)
+        return dict(zip(places, values, strict=True))
+
+    def _form(self, item: Item) -> Form:
+        return item if isinstance(item, Form) else self.forms.base(item)
+
+    def _elementwise(self, node: Node) -> dict[Offsets, Item]:
+        emit = self._emitter(node)
+        made: dict[tuple[int, ...], Item] = {}
+        values = {}
+        for offsets in self.offsets[node.rank]:
+            args = [self._argument(a, offsets) for a in node.args]
+            key = tuple(map(id, args))
+            if key not in made:
+                made[key] = self._with_forms(node, args) or emit(args)
+            values[offsets] = made[key]
+        return values
+
+    def _emitter(self, node: Node) -> Callable[[Sequence[Item]], Lane]:
+        nodes = [self.graph.nodes[a] for a in node.args]
+        operands = tile_ops.Operands(
+            dict(node.params),
+            nodes[0].dtype,
+            tuple(n["value"].value if n.op == "const" else None for n in nodes),
+            tuple(n.rank != node.rank for n in nodes),
+            self.tile.approx,
+        )
+
+        def emit(args: Sequence[Item]) -> Lane:
+            given = [self.forms.lane(a) if isinstance(a, Form) else a for a in args]
+            return tile_ops.apply(node.op, operands, node.dtype, *given)
+
+        return emit
+
+    # -- arithmetic on forms --------------------------------------------------------------------
+
+    def _with_forms(self, node: Node, args: Sequence[Item]) -> Item | None:
+        """The result where static offsets can be told apart from the rest, else None."""
+        if node.op in ("add", "sub") and node.dtype == I32:
+            x, y = map(self._form, args)
+            return self.forms.add(x, y, 1 if node.op == "add" else -1)
+        if not all(isinstance(a, Form) for a in args):
+            return None
+        match node.op:
+            case "add" | "sub" if args[0].real and args[1].real:
+                return self._exact(self.forms.add(*args, 1 if node.op == "add" else -1))
+            case "neg" if not args[0].real:
+                return self.forms.scale(args[0], -1)
+            case "mul" if node.dtype == I32:
+                for x, y in (args, args[::-1]):
+                    if not y.terms:
+                        return self.forms.scale(x, y.offset)
+            case "convert" if node.dtype == F32 and self.graph.nodes[node.args[0]].dtype == I32:
+                return self._exact(self.forms.as_real(args[0]))
+            case op if op in COMPARISONS and not args[0].real:
+                return self._compare(op, *args)
+        return None
+
+    def _exact(self, form: Form) -> Form | None:
+        """A float32 form, if it and the sum of its terms are integers that float32 holds."""
+        bound = self.forms.bound(form)
+        return form if bound is not None and bound <= _FLOAT32_EXACT else None
+
+    def _compare(self, op: str, x: Form, y: Form) -> Lane | None:
+        difference = self.forms.add(x, y, -1)
+        bound = self.forms.bound(difference)
+        if bound is None or bound >= 2**31 or not difference.terms:
+            return None
+        return lanes.compare(op, self.forms.sum_of_terms(difference), -difference.offset)

@@ -1,0 +1,204 @@
+"""Which tiles a CTA computes, and which keys a tile visits: the block lists as the kernel walks them.
+
+A *tile* is `q_tile` queries of one head, a *step* of it `kv_tile` keys. The masked steps of a tile come first:
+those of its partial blocks, in which the mask decides, or, without block lists, the step that reaches over
+the last key. The very first step is computed as a masked one in any case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu.config import Config
+from flexjax.block_lists import cdiv
+from flexjax.problem import Problem
+
+
+class TilePosition(NamedTuple):
+    """Batch row, query head and number of the query tile."""
+
+    b: Any
+    h: Any
+    q: Any
+
+
+class Steps(NamedTuple):
+    """The steps of a tile.
+
+    Attributes:
+        masked: how many of them, from the first, are masked.
+        count: how many there are.
+        first_key: from the number of a step to the first of its keys; always inside the tensor's tiles.
+    """
+
+    masked: Any
+    count: Any
+    first_key: Callable[[Any], Any]
+
+    @property
+    def computed(self) -> Any:
+        """Steps that are computed: a tile without any computes one and drops it."""
+        return jnp.maximum(self.count, 1)
+
+
+def _unravel(number: Any, *inner: int) -> tuple[Any, ...]:
+    """(i, j, ..., outer) of a number that counts up the last of the inner indices first."""
+    digits = []
+    for size in inner[::-1]:
+        digits.append(lax.rem(number, jnp.int32(size)))
+        number = lax.div(number, jnp.int32(size))
+    return (*digits[::-1], number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The tiles and steps of a problem under a configuration."""
+
+    problem: Problem
+    config: Config
+
+    @property
+    def q_tiles(self) -> int:
+        return cdiv(self.problem.q_len, self.config.q_tile)
+
+    @property
+    def kv_tiles(self) -> int:
+        return cdiv(self.problem.kv_len, self.config.kv_tile)
+
+    @property
+    def tiles(self) -> int:
+        return self.problem.batch * self.problem.q_heads * self.q_tiles
+
+    @property
+    def ctas(self) -> int:
+        return min(self.tiles, self.config.cores) if self.config.persistent else self.tiles
+
+    @property
+    def overhang(self) -> bool:
+        """Whether some masked step reaches over the last key."""
+        blocks = self.problem.blocks
+        unit = self.config.kv_tile if blocks is None else blocks.geometry.kv_block
+        return self.problem.kv_len % unit != 0
+
+    def inside(self, first_key: Any) -> Any:
+        """Moves a step that lies wholly beyond the last key, where nothing counts, back onto keys."""
+        blocks = self.problem.blocks
+        if blocks is None:
+            return first_key
+        end = blocks.geometry.cols * blocks.geometry.kv_block
+        if end == self.kv_tiles * self.config.kv_tile:
+            return first_key
+        return jnp.minimum(first_key, (self.kv_tiles - 1) * self.config.kv_tile)
+
+    # -- tiles ----------------------------------------------------------------------------------
+
+    def for_each_tile(self, cta: Any, visit: Callable[[Any, Any], Any]) -> Any:
+        """Folds `carry = visit(tile, carry)` over the CTA's tiles; the carry starts from 0.
+
+        A persistent grid is walked to and fro: the CTA that got the longest tile of one round gets the shortest
+        of the next.
+        """
+        if not self.config.persistent:
+            return visit(cta, jnp.int32(0))
+        ctas, rounds = self.ctas, cdiv(self.tiles, self.ctas)
+
+        def nth(i: Any) -> Any:
+            forth = lax.rem(i, jnp.int32(2)) == 0
+            return i * ctas + jnp.where(forth, cta, ctas - 1 - cta)
+
+        count = rounds - (nth(jnp.int32(rounds - 1)) >= self.tiles).astype(jnp.int32)
+        return lax.fori_loop(0, count, lambda i, carry: visit(nth(i), carry), jnp.int32(0))
+
+    def position(self, tile: Any, order: Any) -> TilePosition:
+        """Where a tile lies.
+
+        Heads vary fastest, so that a wave shares its keys. The last queries, with causal masks the most work,
+        come first, or the longest rows of blocks where they are sorted.
+
+        Args:
+            tile: its number.
+            order: reference to what `longest_first` gave; empty if rows are not sorted.
+        """
+        p = self.problem
+        if not order:
+            b, h, row = _unravel(tile, p.batch, p.q_heads)
+            return TilePosition(b, h, self.q_tiles - 1 - row)
+        blocks = p.blocks
+        assert blocks is not None, "only rows of block lists are sorted"
+        batch, heads = p.batch // blocks.batch, p.q_heads // blocks.heads
+        b, h, place = _unravel(tile, batch, heads)
+        list_row = order[0][place]
+        list_h, row, list_b = _unravel(list_row, blocks.heads, self.q_tiles)
+        return TilePosition(list_b * batch + b, list_h * heads + h, row)
+
+    def longest_first(self, lists: Any) -> Any:
+        """Flat numbers of the rows of blocks [batch, heads, rows], those with the most steps first."""
+        counts = lists.kv_num_blocks + lists.full_kv_num_blocks
+        return jnp.argsort(-counts.reshape(-1)).astype(jnp.int32)
+
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether rows of blocks are computed in the order of their length.
+
+        Masks that read captured arrays, such as documents, make rows of very uneven length in any order.
+        """
+        p = self.problem
+        if p.blocks is None or p.mask is None or p.blocks.geometry.q_block != self.config.q_tile:
+            return False
+        return self.config.persistent and any(node.op == "load" for node in p.mask.nodes)
+
+    def kv_row(self, position: TilePosition) -> tuple[Any, Any]:
+        """Batch row and head of the keys."""
+        p = self.problem
+        b = lax.div(position.b, jnp.int32(p.batch // p.kv_batch))
+        return b, lax.div(position.h, jnp.int32(p.group))
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def steps(self, lists: Any, position: TilePosition) -> Steps:
+        """The steps of a tile.
+
+        Args:
+            lists: references to kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices; empty
+                without a block mask.
+            position: the tile.
+        """
+        kv_tile = self.config.kv_tile
+        if not lists:
+            last = self.kv_tiles - 1
+            masked = jnp.int32(1 if self.overhang else 0)
+            # Downwards: the step that reaches over the last key is the first one.
+            return Steps(masked, jnp.int32(last + 1), lambda i: (last - i) * kv_tile)
+        blocks = self.problem.blocks
+        assert blocks is not None, "lists come with their static part"
+        geometry = blocks.geometry
+        per_block = geometry.kv_block // kv_tile
+        row = lax.div(position.q, jnp.int32(geometry.q_block // self.config.q_tile))
+        b = lax.div(position.b, jnp.int32(self.problem.batch // blocks.batch))
+        where = (b, position.h if blocks.heads > 1 else 0, row)
+        partial_counts, partial_indices, full_counts, full_indices = lists
+
+        def count(counts: Any, indices: Any) -> Any:
+            # No count is trusted beyond the list, and no entry beyond the mask.
+            return jnp.clip(counts[where], 0, indices.shape[-1])
+
+        def entry(indices: Any, i: Any) -> Any:
+            return indices[(*where, jnp.clip(i, 0, indices.shape[-1] - 1))]
+
+        partial = count(partial_counts, partial_indices)
+        full = count(full_counts, full_indices)
+
+        def first_key(i: Any) -> Any:
+            i, part = lax.div(i, jnp.int32(per_block)), lax.rem(i, jnp.int32(per_block))
+            block = lax.select(
+                i < partial, entry(partial_indices, i), entry(full_indices, i - partial)
+            )
+            block = jnp.clip(block, 0, geometry.cols - 1)
+            return block * geometry.kv_block + part * kv_tile
+
+        return Steps(partial * per_block, (partial + full) * per_block, first_key)
