@@ -11,7 +11,7 @@ temporaries, from `compiled.memory_analysis()`, so it is exact and needs no run.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import platform
 import statistics
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="do not write results")
     arguments = parser.parse_args()
-    run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    run_id = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
     rows = []
     for name, mask_mod in variants(TIMED_LENGTH).items():
         rows += [{"suite": "train", **r} for r in measure_time(name, mask_mod, arguments.repeats)]

@@ -125,7 +125,12 @@ class Model(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
+        self.embed = nnx.Embed(
+            config.vocabulary,
+            config.width,
+            embedding_init=nnx.initializers.normal(1.0),
+            rngs=rngs,
+        )
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
         # Zeros here and behind every block: the untrained model finds all bytes equally likely.

@@ -137,6 +137,7 @@ def flex_attention(
     problem = dataclasses.replace(problem, scale=static_scale)
     block_mask = _mask_argument(block_mask, mask_mod, problem)
     problem, operands = _with_mods(problem, Operands(query, key, value), score_mod, block_mask)
+    sinks = None if sinks is None else _sinks(sinks, problem.q_heads)
     result = attend_sharded(problem, select(problem, backend), operands)
     out = result.out if sinks is None else _with_sinks(result.out, result.lse, sinks, layout)
     if return_aux is not None:
@@ -150,7 +151,9 @@ def flex_attention(
 
 def _as_array(x: Any, name: str) -> Any:
     if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name} must be a JAX array, but it is a {type(x).__name__}.")
+        raise TypeError(
+            f"{name} must be a JAX array, but it is a {type(x).__name__}. Convert it with jnp.asarray."
+        )
     return jnp.asarray(x)
 
 
@@ -164,14 +167,22 @@ def _shapes(query: Any, key: Any, value: Any, layout: str, enable_gqa: bool | No
                 "missing batch or head, or use jax.vmap for additional ones."
             )
         if 0 in x.shape:
-            raise ValueError(f"{name} has an axis of length 0: shape {x.shape}.")
+            raise ValueError(
+                f"{name} has an axis of length 0: shape {x.shape}. Every axis of {axes} must be at least 1; "
+                "leave the call out where there is nothing to attend to."
+            )
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape} in layout {layout}"
     sizes = [_sizes(x, layout) for x in (query, key, value)]
     (batch, heads, q_len, dim), (kv_batch, kv_heads, kv_len, k_dim), v_sizes = sizes
     if (kv_batch, kv_heads, kv_len) != v_sizes[:3]:
-        raise ValueError(f"key and value must agree in batch, heads and length, but got {shapes}.")
+        raise ValueError(
+            f"key and value must agree in batch, heads and length, but got {shapes}. Only their last axes may "
+            "differ."
+        )
     if k_dim != dim:
-        raise ValueError(f"query and key must have the same head dimension D, but got {shapes}.")
+        raise ValueError(
+            f"query and key must have the same head dimension D, but got {shapes}. Only value may have another."
+        )
     if kv_batch not in (1, batch):
         raise ValueError(
             f"key and value must have the query's batch size or 1, but got {shapes}. Repeat them with "
@@ -189,7 +200,10 @@ def _shapes(query: Any, key: Any, value: Any, layout: str, enable_gqa: bool | No
             "have grouped heads inferred."
         )
     if max(dim, v_sizes[3]) > MAX_HEAD_DIM:
-        raise ValueError(f"Head dimensions up to {MAX_HEAD_DIM} are supported, but got {shapes}.")
+        raise ValueError(
+            f"Head dimensions up to {MAX_HEAD_DIM} are supported, but got {shapes}. Use more heads of a smaller "
+            "dimension."
+        )
     _dtypes(query, key, value)
     return Problem(
         batch,
@@ -276,9 +290,13 @@ def _mask_argument(block_mask: Any, mask_mod: Any, problem: Problem) -> BlockMas
     if block_mask is None:
         return None
     if not isinstance(block_mask, BlockMask):
-        hint = " Pass a mask function as mask_mod." if callable(block_mask) else ""
+        hint = ""
+        if callable(block_mask):
+            hint = " Pass a mask function as mask_mod."
+        elif isinstance(block_mask, (jax.Array, np.ndarray)):
+            hint = " Make one of a dense mask with BlockMask.from_dense."
         raise TypeError(
-            f"block_mask must be a BlockMask from create_block_mask, but it is a "
+            "block_mask must be a BlockMask from create_block_mask, but it is of type "
             f"{type(block_mask).__name__}.{hint}"
         )
     if block_mask.seq_lengths != (problem.q_len, problem.kv_len):
@@ -289,20 +307,20 @@ def _mask_argument(block_mask: Any, mask_mod: Any, problem: Problem) -> BlockMas
         )
     batch, heads = block_mask.shape[:2]
     for name, size, wanted, role in (
-        ("batch", batch, problem.batch, "b"),
+        ("batch row", batch, problem.batch, "b"),
         ("head", heads, problem.q_heads, "h"),
     ):
         if size not in (1, wanted):
             raise ValueError(
                 f"The block_mask distinguishes {size} {name}s, but the query has {wanted}. Build it with "
-                f"{'B' if role == 'b' else 'H'} = {wanted}, or 1 for one mask for all of them."
+                f"{role.upper()} = {wanted}, or 1 for one mask for all of them."
             )
         graph = block_mask.mask_graph
         if size == 1 and wanted > 1 and graph is not None and role in graph.depends:
             raise ValueError(
                 f"The block_mask was built for a single {name}, but its mask_mod depends on {role} and the query "
                 f"has {wanted} {name}s, so its blocks would be those of {role} = 0. Build it with "
-                f"{'B' if role == 'b' else 'H'} = {wanted}."
+                f"{role.upper()} = {wanted}."
             )
     return block_mask
 
@@ -375,15 +393,18 @@ def _traced_score(
     return rewrite_score_mod(score, shift_queries(ranges)), [*captures, offset]
 
 
-def _with_sinks(out: Any, lse: Any, sinks: Any, layout: str) -> Any:
-    """Adds exp(sink) to every softmax's denominator: out * sigmoid(lse - sink)."""
+def _sinks(sinks: Any, heads: int) -> Array:
     sinks = jnp.asarray(sinks)
-    heads = lse.shape[1]
     if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(
             f"sinks must be a float array of one logit a query head, shape ({heads},), but it is "
-            f"{sinks.dtype} {sinks.shape}."
+            f"{sinks.dtype} {sinks.shape}. Repeat a logit that heads share with jnp.full(({heads},), logit)."
         )
+    return sinks
+
+
+def _with_sinks(out: Any, lse: Any, sinks: Array, layout: str) -> Any:
+    """Adds exp(sink) to every softmax's denominator: out * sigmoid(lse - sink)."""
     # A row without keys has lse = -inf; its output is 0 whatever the weight, its gradient must be too.
     dead = lse == -jnp.inf
     weight = jax.nn.sigmoid(jnp.where(dead, 0.0, lse) - sinks.astype(jnp.float32)[None, :, None])

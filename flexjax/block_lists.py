@@ -59,13 +59,20 @@ def lists_from_blocks(
 
     Entries past a row's count hold an arbitrary column inside the mask.
     """
+    return _lists(listed, np) if isinstance(listed, np.ndarray) else _lists_jit(listed, jnp)
+
+
+def _lists(listed: Any, xp: Any) -> tuple[Any, Any]:
     cols = listed.shape[-1]
-    xp = np if isinstance(listed, np.ndarray) else jnp
     column = xp.broadcast_to(xp.arange(cols, dtype=np.int32), listed.shape)
     order = xp.sort(xp.where(listed, column, np.int32(cols)), axis=-1)
     return listed.sum(-1, dtype=np.int32), xp.minimum(order, np.int32(cols - 1))
 
 
+_lists_jit = jax.jit(_lists, static_argnums=1)
+
+
+@partial(jax.jit, static_argnums=2)
 def blocks_from_lists(
     counts: Int32[Array, "B H R"], indices: Int32[Array, "B H R W"], cols: int
 ) -> Bool[Array, "B H R C"]:

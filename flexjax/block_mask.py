@@ -203,6 +203,11 @@ class BlockMask:
             mask = mask._select(axis, part)
         return mask._rows(parts[2]) if len(parts) == 3 else mask
 
+    @property
+    def _lists(self) -> dict[str, Array]:
+        fields = {name: getattr(self, name) for name in _LIST_FIELDS}
+        return {name: x for name, x in fields.items() if x is not None}
+
     def _select(self, axis: int, part: Any) -> BlockMask:
         if isinstance(part, slice) and part == slice(None):
             return self
@@ -212,11 +217,7 @@ class BlockMask:
             raise IndexError(
                 f"The {name} index {part!r} selects nothing of a BlockMask {self.shape}."
             )
-        lists = {
-            field: jnp.take(getattr(self, field), table, axis=axis)
-            for field in _LIST_FIELDS
-            if getattr(self, field) is not None
-        }
+        lists = _taken(self._lists, table, axis)
         graph, captures = self.mask_graph, self.mask_captures
         role = ("b", "h")[axis]
         if graph is not None and role in graph.depends:
@@ -229,12 +230,8 @@ class BlockMask:
     def _rows(self, part: Any) -> BlockMask:
         geometry = self.geometry
         start, count, q_len = _row_range(part, geometry)
-        cut = {
-            field: jax.lax.dynamic_slice_in_dim(getattr(self, field), start, count, axis=2)
-            for field in _LIST_FIELDS[:4]
-        }
-        if not self.inference_only:
-            cut |= _transposed(cut, geometry.cols)
+        cols = None if self.inference_only else geometry.cols
+        cut = _cut(self._lists, start, count, cols)
         offset = jnp.asarray(start * geometry.q_block, jnp.int32)
         if self.q_offset is not None:
             offset = offset + self.q_offset
@@ -485,6 +482,22 @@ def _assemble(
     )
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _taken(lists: dict[str, Array], table: Array, axis: int) -> dict[str, Array]:
+    """The lists of the selected batch rows or heads."""
+    return {name: jnp.take(x, table, axis=axis) for name, x in lists.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _cut(lists: dict[str, Array], start: Any, count: int, cols: int | None) -> dict[str, Array]:
+    """The lists of `count` rows of blocks; the transposed ones too, unless `cols` is None."""
+    cut = {
+        name: jax.lax.dynamic_slice_in_dim(lists[name], start, count, axis=2)
+        for name in _LIST_FIELDS[:4]
+    }
+    return cut if cols is None else cut | _transposed(cut, cols)
+
+
 def _transposed(fields: dict[str, Any], cols: int) -> dict[str, Array]:
     """The transposed lists of partial and full blocks."""
     out: dict[str, Array] = {}
@@ -619,7 +632,8 @@ def _checked_lists(
     traced = any(map(_compat.is_tracer, (*partial, *full)))
     if not traced:
         _check_lists(partial, full, geometry.cols)
-    sticks_out = np.arange(geometry.cols) >= geometry.kv_len // geometry.kv_block
+    column = np.arange(geometry.cols)[None, None, None, :]
+    sticks_out = column >= geometry.kv_len // geometry.kv_block
     if not traced and not sticks_out.any():
         return partial, full
     full_blocks = blocks_from_lists(full[0], full[1], geometry.cols)

@@ -26,7 +26,7 @@ from flexjax.backends.reference import dense_attention
 from flexjax.problem import BHLD, heads_first
 
 # Relative errors that are always accepted, by the dtype of what is compared.
-_FLOORS = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
+FLOORS = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
 
 
 class OracleResult(NamedTuple):
@@ -179,7 +179,7 @@ def assert_close(
         AssertionError: with the errors and the place of the largest difference.
     """
     if floor is None:
-        floor = _FLOORS[jnp.asarray(actual).dtype.name]
+        floor = FLOORS[jnp.asarray(actual).dtype.name]
     assert np.shape(actual) == np.shape(exact), (
         f"{name} has shape {np.shape(actual)} where {np.shape(exact)} was expected."
     )

@@ -425,8 +425,9 @@ def test_quick_is_small_and_writes_nothing_unless_told(tmp_path):
 
 
 def test_peers_say_why_they_cannot_run_here():
-    able, reasons = peers.partition(["flexjax", "fa3", "torch_flex"])
+    able, reasons = peers.partition(["flexjax", "flexjax/tpu", "fa3", "torch_flex"])
     assert [peer.name for peer in able] == ["flexjax"]
+    assert "backend='tpu' does not exist" in reasons.pop("flexjax/tpu")
     assert all("needs a CUDA GPU" in reason for reason in reasons.values())
 
 
@@ -492,6 +493,8 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
     }
     assert wanted < ours.keys()
     assert "without fa3: needs a CUDA GPU" in capsys.readouterr().out
+
+    assert run.main([*command, "--peers", "flexjax/tpu"]) == 1  # asked for, and not there
 
     assert run.main(["plot", str(path), "--out", str(tmp_path / "pictures")]) == 0
     pictures = {file.name for file in Path(tmp_path, "pictures").iterdir()}

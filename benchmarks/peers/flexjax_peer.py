@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import flexjax
@@ -34,6 +36,15 @@ class Flexjax:
         return "flexjax" if self.backend is None else f"flexjax/{self.backend}"
 
     def missing(self) -> str | None:
+        # Backends are imported when they are first needed, which is not to count as a variant's compile time.
+        tiny = jnp.ones((1, 1, 128, 64), jnp.bfloat16)
+        try:
+            attend = functools.partial(flexjax.flex_attention, backend=self.backend)
+            jax.jit(attend).lower(tiny, tiny, tiny).compile()
+        except ValueError as error:  # no such backend
+            return str(error)
+        except Exception:  # each case will say what is wrong
+            return None
         return None
 
     def supports(self, shape: Shape, variant: Variant) -> bool:

@@ -225,8 +225,8 @@ class Tile:
             old = lax.dynamic_slice(total, start, update.shape)
             return lax.dynamic_update_slice(total, old + update, start)
         row, head, first, _ = jax.vmap(self._key_start)(*self.items[:2], block.column)
-        heads = head[:, None, None] + jnp.arange(update.shape[1], dtype=jnp.int32)[:, None]
-        keys = first[:, None, None] + jnp.arange(update.shape[2], dtype=jnp.int32)
+        heads = head[:, None, None] + jnp.arange(update.shape[1], dtype=jnp.int32)[None, :, None]
+        keys = first[:, None, None] + jnp.arange(update.shape[2], dtype=jnp.int32)[None, None, :]
         return total.at[row[:, None, None], heads, keys].add(update)
 
     # -- computing ------------------------------------------------------------------------------
@@ -242,15 +242,14 @@ class Tile:
         """Indices of a tile's scores, each of rank 4, kept inside the lengths."""
         plan, (b, mask_head, row, _) = self.plan, self.items
         geometry = plan.geometry
-        heads = mask_head[:, None] * plan.heads + jnp.arange(plan.heads, dtype=jnp.int32)
-        q = row[:, None] * geometry.q_block + jnp.arange(geometry.q_block, dtype=jnp.int32)
-        kv = block.column[:, None] * geometry.kv_block
-        kv = kv + jnp.arange(geometry.kv_block, dtype=jnp.int32)
+        heads = _spans(mask_head, plan.heads)
+        q = jnp.minimum(_spans(row, geometry.q_block), geometry.q_len - 1)
+        kv = jnp.minimum(_spans(block.column, geometry.kv_block), geometry.kv_len - 1)
         return {
             "b": b[:, None, None, None],
             "h": heads[:, :, None, None],
-            "q": jnp.minimum(q, geometry.q_len - 1)[:, None, :, None],
-            "kv": jnp.minimum(kv, geometry.kv_len - 1)[:, None, None, :],
+            "q": q[:, None, :, None],
+            "kv": kv[:, None, None, :],
         }
 
     def _masked_out(self, y: Any, block: Block, indices: dict[str, Any]) -> Any:
@@ -266,8 +265,7 @@ class Tile:
             hidden = functools.partial(hide, mask=mask)
             y = hidden(y) if idle else lax.cond(block.masked[0], hidden, lambda y: y, y)
         if geometry.kv_len % geometry.kv_block:
-            kv = block.column[:, None] * geometry.kv_block
-            kv = kv + jnp.arange(geometry.kv_block, dtype=jnp.int32)
+            kv = _spans(block.column, geometry.kv_block)
             y = jnp.where((kv < geometry.kv_len)[:, None, None, :], y, -jnp.inf)
         return jnp.where(block.busy[:, None, None, None], y, -jnp.inf) if idle else y
 
@@ -301,6 +299,11 @@ class Tile:
             return ds.reshape(tile_shape), totals
 
         return y.reshape(tile_shape), pullback
+
+
+def _spans(number: Any, length: int) -> Any:
+    """[lanes, length] indices of the pieces of `length` that [lanes] numbers name."""
+    return number[:, None] * length + jnp.arange(length, dtype=jnp.int32)[None, :]
 
 
 # Pullbacks select the positions whose score counts: what a mod's derivative is elsewhere, infinite or NaN

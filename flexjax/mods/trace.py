@@ -228,7 +228,7 @@ def _trace(mod: Callable[..., Any], role: str, inputs: tuple[str, ...]) -> Any:
 def _check_arity(mod: Any, role: str, count: int) -> None:
     if not callable(mod):
         raise TypeError(
-            f"{role} must be a function {_SIGNATURES[role]}, but it is a {type(mod).__name__}."
+            f"{role} must be a function {_SIGNATURES[role]}, but it is of type {type(mod).__name__}."
         )
     try:
         signature = inspect.signature(mod)

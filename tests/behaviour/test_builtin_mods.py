@@ -17,21 +17,20 @@ def masked(name, mask, **options):
     return Case(name, mask=mask, **options)
 
 
+PER_BATCH = {"mask_shape": (2, None)}
+
 MASKS = [
     masked("noop", masks.noop_mask),
     masked("causal", masks.causal()),
-    masked("causal_offset", masks.causal(-7)),
-    masked("causal_offset_per_batch", masks.causal(jnp.asarray([3, -2])), mask_shape=(2, None)),
-    masked("sliding_window", masks.sliding_window(9)),
-    masked("sliding_window_both_ways", masks.sliding_window(5, 20)),
-    masked("prefix_lm", masks.prefix_lm(11)),
-    masked("prefix_lm_per_batch", masks.prefix_lm(jnp.asarray([18, 0])), mask_shape=(2, None)),
-    masked("padding", masks.padding(jnp.asarray([40, 21])), mask_shape=(2, None)),
+    masked("causal_offset", masks.causal(jnp.asarray([3, -7])), **PER_BATCH),
+    masked("sliding_window", masks.sliding_window(5, 20)),
+    masked("prefix_lm", masks.prefix_lm(jnp.asarray([18, 0])), **PER_BATCH),
+    masked("padding", masks.padding(jnp.asarray([40, 21])), **PER_BATCH),
     masked("document", masks.document(DOCUMENTS)),
-    masked("packed_documents", masks.document(PACKED, causal=True), mask_shape=(2, None), smoke=True),
-    masked("document_lengths", masks.document_from_lengths(LENGTHS, 40, causal=True)),
-    masked("document_offsets", masks.document_from_offsets([0, 13, 14, 30], 40)),
-    masked("document_cu_seqlens", masks.document_from_cu_seqlens([0, 13, 14, 30, 40])),
+    masked("packed_documents", masks.document(PACKED, causal=True), smoke=True, **PER_BATCH),
+    masked("document_from_lengths", masks.document_from_lengths(LENGTHS, 40, causal=True)),
+    masked("document_from_offsets", masks.document_from_offsets([0, 13, 14, 30], 40)),
+    masked("document_from_cu_seqlens", masks.document_from_cu_seqlens([0, 13, 14, 30, 40])),
     masked("dilated_window", masks.dilated_window(12, 3)),
     masked("global_window", masks.global_window(4, GLOBAL)),
     masked("chunked", masks.chunked(12)),
@@ -43,64 +42,63 @@ MASKS = [
     masked("fixed", masks.fixed(9, 2)),
     masked("and", masks.and_masks(masks.causal(), masks.document(DOCUMENTS))),
     masked("or", masks.or_masks(masks.sliding_window(3), masks.prefix_lm(6))),
-    masked("not", masks.not_mask(masks.sliding_window(8, 8))),
     masked(
-        "three_combined",
+        "and_or_not",
         masks.and_masks(
             masks.or_masks(masks.sliding_window(6, 6), masks.global_window(0, GLOBAL)),
             masks.not_mask(masks.dilated_window(40, 5)),
             masks.padding(jnp.asarray([40, 33])),
         ),
-        mask_shape=(2, None),
+        **PER_BATCH,
     ),
-    masked("given_as_mask_mod", masks.document(PACKED, causal=True), own_mask=True),
-]  # fmt: skip
+]
+
+CAUSAL = masks.causal()
 
 
-def scored(name, score, mask=masks.causal(), **captures):
+def scored(name, score, mask=CAUSAL, **captures):
     return Case(name, score=score, mask=mask, captures=captures)
 
 
 SCORES = [
     scored("alibi", lambda c: scores.alibi(2)),
-    scored("alibi_learned", lambda c: scores.alibi(slopes=c["slopes"]), slopes=normal(2)),
     scored(
-        "alibi_symmetric",
+        "alibi_symmetric_learned",
         lambda c: scores.alibi(slopes=c["slopes"], symmetric=True),
         mask=None,
         slopes=normal(2),
     ),
     scored("soft_cap", lambda c: scores.soft_cap(1.5)),
-    scored("soft_cap_learned", lambda c: scores.soft_cap(c["cap"]), cap=jnp.float32(1.5)),
     scored(
-        "t5_bidirectional",
+        "relative_position_bias",
         lambda c: scores.relative_position_bias(c["table"], max_distance=20),
         mask=None,
         table=normal(12, 2),
     ),
     scored(
-        "t5_causal",
-        lambda c: scores.relative_position_bias(c["table"], bidirectional=False, max_distance=30),
+        "relative_position_bias_causal",
+        lambda c: scores.relative_position_bias(c["table"], False, max_distance=30),
         table=normal(8, 2),
     ),
-    scored("relative_table", lambda c: scores.relative_table(c["table"]), table=normal(79)),
     scored(
-        "relative_table_per_head_clipped",
-        lambda c: scores.relative_table(c["table"]),
+        "relative_table",
+        lambda c: scores.compose(
+            scores.relative_table(c["shared"]), scores.relative_table(c["clipped_per_head"])
+        ),
         mask=None,
-        table=normal(2, 31),
-    ),
-    scored("additive_bias", lambda c: scores.additive_bias(c["bias"]), bias=normal(2, 1, 40, 40)),
-    scored("additive_key_bias", lambda c: scores.additive_bias(c["bias"]), bias=normal(2, 1, 1, 40)),
-    scored("head_gate", lambda c: scores.head_gate(c["gate"]), gate=normal(2)),
-    scored("head_scale", lambda c: scores.head_scale(c["scale"]), scale=normal(2)),
-    scored(
-        "alibi_then_soft_cap",
-        lambda c: scores.compose(scores.alibi(slopes=c["slopes"]), scores.soft_cap(2.0)),
-        slopes=normal(2),
+        shared=normal(79),
+        clipped_per_head=normal(2, 31),
     ),
     scored(
-        "gate_then_bias_then_scale_on_documents",
+        "additive_bias",
+        lambda c: scores.compose(
+            scores.additive_bias(c["per_batch"]), scores.additive_bias(c["per_key"])
+        ),
+        per_batch=normal(2, 1, 40, 40),
+        per_key=normal(1, 40),
+    ),
+    scored(
+        "head_gate_then_bias_then_head_scale",
         lambda c: scores.compose(
             scores.head_gate(c["gate"]),
             scores.additive_bias(c["bias"]),
@@ -111,7 +109,13 @@ SCORES = [
         bias=normal(40, 40),
         scale=normal(2, seed=1),
     ),
-]  # fmt: skip
+    scored(
+        "alibi_then_soft_cap_learned",
+        lambda c: scores.compose(scores.alibi(slopes=c["slopes"]), scores.soft_cap(c["cap"])),
+        slopes=normal(2),
+        cap=jnp.float32(1.5),
+    ),
+]
 
 
 @cases(*MASKS)

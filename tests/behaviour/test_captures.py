@@ -3,175 +3,194 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from flexjax import create_block_mask, flex_attention, masks
 from flexjax.testing import assert_close, oracle_grads
 from tests.behaviour.harness import Case, cases, check, normal
 
+causal = masks.causal()
 
-def reads(name, bias, captures, *, mask=masks.causal(), **options):
-    """A case whose score_mod adds `bias(captures, b, h, q, k)` to the score."""
-
-    def score(c):
-        return lambda s, b, h, q, k: s + bias(c, b, h, q, k)
-
-    return Case(name, score=score, captures=captures, mask=mask, **options)
+HEADS, BATCH_HEADS = normal(2), normal(2, 2)
+VECTOR, TABLE, TABLES = normal(40), normal(40, 40), normal(2, 40, 40)
+OFFSETS = jnp.asarray(np.random.default_rng(5).permutation(40), jnp.int32)
 
 
-def modifies(name, score, captures, *, mask=masks.causal(), **options):
-    """A case whose score_mod is `score(captures, s, b, h, q, k)`."""
+def added(name, mask=causal, smoke=False, **terms):
+    """Adds terms to the score, each (an array, how it is read: (array, b, h, q, k) -> a number).
+
+    A test reads several arrays to save compilations; the gradient of each is checked on its own.
+    """
+
+    def score(arrays):
+        def score_mod(s, b, h, q, k):
+            for term, (_, read) in terms.items():
+                s = s + read(arrays[term], b, h, q, k)
+            return s
+
+        return score_mod
+
+    captures = {term: array for term, (array, _) in terms.items()}
+    return Case(name, score=score, captures=captures, mask=mask, smoke=smoke)
+
+
+def modified(name, score, captures, mask=causal, smoke=False):
+    """The score_mod `score(captures, s, b, h, q, k)`."""
 
     def with_captures(c):
         return lambda s, b, h, q, k: score(c, s, b, h, q, k)
 
-    return Case(name, score=with_captures, captures=captures, mask=mask, **options)
+    return Case(name, score=with_captures, captures=captures, mask=mask, smoke=smoke)
 
 
-OFFSETS = jnp.asarray(np.random.default_rng(5).permutation(40), jnp.int32)
-
-# One read of a bias, indexed in every way there is.
-BIASES = [
-    reads("per_head", lambda c, b, h, q, k: c["a"][h], {"a": normal(2)}),
-    reads("per_batch_and_head", lambda c, b, h, q, k: c["a"][b, h], {"a": normal(2, 2)}),
-    reads("per_query", lambda c, b, h, q, k: c["a"][q], {"a": normal(40)}, mask=None),
-    reads("per_key", lambda c, b, h, q, k: c["a"][k], {"a": normal(40)}),
-    reads("query_by_key", lambda c, b, h, q, k: c["a"][q, k], {"a": normal(40, 40)}),
-    reads("key_by_query", lambda c, b, h, q, k: c["a"][k, q], {"a": normal(40, 40)}),
-    reads(
-        "batch_by_query_by_key", lambda c, b, h, q, k: c["a"][b, q, k], {"a": normal(2, 40, 40)}
+READS = [
+    added(
+        "one_index",
+        head=(HEADS, lambda a, b, h, q, k: a[h]),
+        batch_and_head=(BATCH_HEADS, lambda a, b, h, q, k: a[b, h]),
+        query=(VECTOR, lambda a, b, h, q, k: a[q]),
+        key=(VECTOR, lambda a, b, h, q, k: a[k]),
+        only_element=(normal(1), lambda a, b, h, q, k: a[0] * k),
+        one_element=(normal(3, 4), lambda a, b, h, q, k: a[1, 2] * k),
     ),
-    reads(
-        "head_by_query_by_key", lambda c, b, h, q, k: c["a"][h, q, k], {"a": normal(2, 40, 40)}
-    ),
-    reads(
-        "every_index", lambda c, b, h, q, k: c["a"][b, h, q, k], {"a": normal(2, 2, 40, 40)}
-    ),
-    reads("relative", lambda c, b, h, q, k: c["a"][q - k + 39], {"a": normal(79)}, mask=None),
-    reads("relative_by_head", lambda c, b, h, q, k: c["a"][q - k, h], {"a": normal(40, 2)}),
-    reads("chained", lambda c, b, h, q, k: c["a"][h][q][k], {"a": normal(2, 40, 40)}),
-    reads("of_a_transposed_view", lambda c, b, h, q, k: c["a"].T[q, k], {"a": normal(40, 40)}),
-    reads("of_a_strided_view", lambda c, b, h, q, k: c["a"][::2, 1:][q, k], {"a": normal(80, 41)}),
-    reads("of_a_slice_inside", lambda c, b, h, q, k: c["a"][q, 3:20][k % 17], {"a": normal(40, 24)}),
-    reads(
-        "dynamic_slice",
-        lambda c, b, h, q, k: jax.lax.dynamic_slice(c["a"], (q, k), (1, 1))[0, 0],
-        {"a": normal(40, 40)},
-    ),
-    reads(
-        "indirect",
-        lambda c, b, h, q, k: c["a"][c["offsets"][q]],
-        {"a": normal(40), "offsets": OFFSETS},
+    added(
+        "query_and_key",
         mask=None,
+        straight=(TABLE, lambda a, b, h, q, k: a[q, k]),
+        swapped=(TABLE, lambda a, b, h, q, k: a[k, q]),
+        relative=(normal(79), lambda a, b, h, q, k: a[q - k + 39]),
     ),
-    reads(
-        "indirect_both_ways",
-        lambda c, b, h, q, k: c["a"][c["offsets"][k], c["offsets"][q] // 2],
-        {"a": normal(40, 20), "offsets": OFFSETS},
+    added(
+        "all_indices",
+        per_batch=(TABLES, lambda a, b, h, q, k: a[b, q, k]),
+        per_head=(TABLES, lambda a, b, h, q, k: a[h, q, k]),
+        per_both=(normal(2, 2, 40, 40), lambda a, b, h, q, k: a[b, h, q, k]),
+        relative=(normal(40, 2), lambda a, b, h, q, k: a[q - k, h]),
     ),
-    reads("element_of_one", lambda c, b, h, q, k: c["a"][0], {"a": normal(1)}),
-    reads("same_element_for_all", lambda c, b, h, q, k: c["a"][1, 2], {"a": normal(3, 4)}),
-    reads("computed_outside", lambda c, b, h, q, k: jnp.sin(c["a"])[q] * 2.0, {"a": normal(40)}, mask=None),
-]  # fmt: skip
-
-# One array read several times, several arrays, and reads that do more than add.
-MULTIPLE = [
-    reads(
-        "symmetric_two_reads_of_one_array",
-        lambda c, b, h, q, k: c["a"][q] + c["a"][k],
-        {"a": normal(40)},
+    added(
+        "views",
+        chained=(TABLES, lambda a, b, h, q, k: a[h][q][k]),
+        transposed=(TABLE, lambda a, b, h, q, k: a.T[q, k]),
+        strided=(normal(80, 41), lambda a, b, h, q, k: a[::2, 1:][q, k]),
+        sliced=(normal(40, 24), lambda a, b, h, q, k: a[q, 3:20][k % 17]),
+        dynamic=(TABLE, lambda a, b, h, q, k: jax.lax.dynamic_slice(a, (q, k), (1, 1))[0, 0]),
+        computed=(VECTOR, lambda a, b, h, q, k: jnp.sin(a)[k] * 2.0),
+    ),
+    added(
+        "indirect",
+        mask=None,
+        one=(VECTOR, lambda a, b, h, q, k: a[OFFSETS[q]]),
+        two=(normal(40, 20), lambda a, b, h, q, k: a[OFFSETS[k], OFFSETS[q] // 2]),
+    ),
+    added(
+        "two_reads_of_one_array",
         mask=None,
         smoke=True,
+        symmetric=(VECTOR, lambda a, b, h, q, k: a[q] + a[k]),
     ),
-    reads("product_of_two_reads", lambda c, b, h, q, k: c["a"][h, q] * c["a"][h, k], {"a": normal(2, 40)}),
-    reads(
-        "three_reads_of_one_table",
-        lambda c, b, h, q, k: c["a"][q, k] + c["a"][k, q] - c["a"][q, q],
-        {"a": normal(40, 40)},
+    added(
+        "many_reads_of_one_array",
+        product=(normal(2, 40), lambda a, b, h, q, k: a[h, q] * a[h, k]),
+        three=(TABLE, lambda a, b, h, q, k: a[q, k] + a[k, q] - a[q, q]),
+        row_and_column=(TABLE, lambda a, b, h, q, k: a[q, 0] * a[0, q] * a[0, k]),
     ),
-    reads("a_read_indexed_at_itself", lambda c, b, h, q, k: c["a"][q, 0] * c["a"][0, q], {"a": normal(40, 40)}, mask=None),
-    reads(
-        "distinct_arrays",
-        lambda c, b, h, q, k: c["head"][h] + c["query"][q] * c["key"][k] + c["batch"][b],
-        {"head": normal(2), "query": normal(40), "key": normal(40, seed=1), "batch": normal(2, seed=2)},
+    added(
+        "low_precision",
+        bfloat16=(normal(40, 40, dtype="bfloat16"), lambda a, b, h, q, k: a[q, k]),
+        twice=(normal(40, dtype="bfloat16"), lambda a, b, h, q, k: jnp.float32(a[q]) * a[k]),
+        float16=(jnp.float16(0.125), lambda a, b, h, q, k: a * (k - q)),
     ),
-    modifies(
-        "multiplied_in_all_dimensions",
-        lambda c, s, b, h, q, k: s * c["batch"][b] * c["head"][h] * c["query"][q] * c["key"][k],
-        {"batch": normal(2), "head": normal(2), "query": normal(40), "key": normal(40, seed=1)},
-    ),
-    modifies("multiplied_by_a_table", lambda c, s, b, h, q, k: s * c["a"][q, k], {"a": normal(40, 40)}),
-    modifies(
-        "gate_inside",
-        lambda c, s, b, h, q, k: s * jax.nn.sigmoid(c["gate"][h]),
-        {"gate": normal(2)},
-    ),
-    modifies(
-        "gate_of_query_and_key",
-        lambda c, s, b, h, q, k: jnp.tanh(s * c["w"][q]) * jax.nn.softplus(c["w"][k]),
-        {"w": normal(40)},
-        mask=None,
-    ),
-    modifies("captured_scalar", lambda c, s, b, h, q, k: s * c["a"], {"a": jnp.float32(0.7)}),
-    modifies("captured_scalar_squared", lambda c, s, b, h, q, k: s + c["a"] ** 2 * (q - k), {"a": jnp.float32(0.1)}),
-    modifies(
-        "local_window_bias",
-        lambda c, s, b, h, q, k: jnp.where(
-            jnp.abs(q - k) <= 8, s + c["a"][jnp.clip(q - k + 8, 0, 16)], -jnp.inf
-        ),
-        {"a": normal(17)},
-        mask=None,
-    ),
-    modifies(
-        "global_tokens_bias",
-        lambda c, s, b, h, q, k: s + jnp.where(c["flag"][k] | (q < 2), c["a"][h, k], 0.0),
-        {"a": normal(2, 40), "flag": jnp.arange(40) % 7 == 0},
-    ),
-    modifies(
-        "stopped_gradient",
-        lambda c, s, b, h, q, k: s + c["a"][q] * jax.lax.stop_gradient(c["a"][k]),
-        {"a": normal(40)},
-    ),
-]  # fmt: skip
-
-DTYPES = [
-    reads("bfloat16_array", lambda c, b, h, q, k: c["a"][q, k], {"a": normal(40, 40, dtype="bfloat16")}),
-    reads("bfloat16_array_read_twice", lambda c, b, h, q, k: c["a"][q] * c["a"][k], {"a": normal(40, dtype="bfloat16")}),
-    reads("float16_scalar", lambda c, b, h, q, k: c["a"] * (k - q), {"a": jnp.float16(0.125)}),
-    reads("int_array", lambda c, b, h, q, k: c["n"][q, k] * 0.25, {"n": jnp.arange(1600, dtype=jnp.int32).reshape(40, 40) % 11}),
-    reads("uint8_array", lambda c, b, h, q, k: c["a"][c["n"][k]], {"a": normal(5), "n": jnp.arange(40, dtype=jnp.uint8) % 5}),
-    modifies("bool_array", lambda c, s, b, h, q, k: jnp.where(c["keep"][q, k], s, 0.5 * s), {"keep": normal(40, 40) > 0}),
-]  # fmt: skip
+]
 
 # Indices out of range mean what they mean in JAX: scalar indexing clamps, negative ones count from the end.
 RANGES = [
-    reads("beyond_the_end_clamps", lambda c, b, h, q, k: c["a"][q + 30], {"a": normal(40)}, mask=None),
-    reads("far_beyond_the_end_clamps", lambda c, b, h, q, k: c["a"][k * 1000000], {"a": normal(40)}),
-    reads("below_the_start_clamps", lambda c, b, h, q, k: c["a"][k - 70], {"a": normal(40)}, mask=None),
-    reads("negative_constant", lambda c, b, h, q, k: c["a"][-1, q], {"a": normal(3, 40)}, mask=None),
-    reads("negative_wraps", lambda c, b, h, q, k: c["a"][q - k], {"a": normal(40)}, mask=None),
-    reads("flipped", lambda c, b, h, q, k: c["a"][-1 - q, 39 - k], {"a": normal(40, 40)}),
-    reads("too_few_heads_clamp", lambda c, b, h, q, k: c["a"][h + 1], {"a": normal(2)}),
-    reads("take_fills", lambda c, b, h, q, k: jnp.take(c["a"], q + k, mode="fill", fill_value=0.5), {"a": normal(40)}, mask=None),
-    reads("take_clips", lambda c, b, h, q, k: jnp.take(c["a"], q - k, mode="clip"), {"a": normal(20)}, mask=None),
-    reads("take_wraps", lambda c, b, h, q, k: jnp.take(c["a"], q + k, mode="wrap"), {"a": normal(13)}, mask=None),
-    reads("get_fills", lambda c, b, h, q, k: c["a"].at[h, q + 5].get(mode="fill", fill_value=-1.0), {"a": normal(2, 40)}, mask=None),
-    reads("get_drops_negative", lambda c, b, h, q, k: c["a"].at[q - k].get(mode="fill", fill_value=0.0, wrap_negative_indices=False), {"a": normal(40)}, mask=None),
-]  # fmt: skip
+    added(
+        "indexing_clamps",
+        mask=None,
+        beyond=(VECTOR, lambda a, b, h, q, k: a[q + 30] * a[k + 20]),
+        far_beyond=(VECTOR, lambda a, b, h, q, k: a[k * 1000000]),
+        below=(VECTOR, lambda a, b, h, q, k: a[k - 70]),
+        too_few_heads=(HEADS, lambda a, b, h, q, k: a[h + 1] * k * 0.1),
+    ),
+    added(
+        "negative_indices_wrap",
+        mask=None,
+        constant=(normal(3, 40), lambda a, b, h, q, k: a[-1, k]),
+        difference=(VECTOR, lambda a, b, h, q, k: a[q - k]),
+        flipped=(TABLE, lambda a, b, h, q, k: a[-1 - q, 39 - k]),
+    ),
+    added(
+        "take_and_get_have_modes",
+        mask=None,
+        fill=(VECTOR, lambda a, b, h, q, k: jnp.take(a, q + k, mode="fill", fill_value=0.5)),
+        clip=(normal(20), lambda a, b, h, q, k: jnp.take(a, q - k, mode="clip")),
+        wrap=(normal(13), lambda a, b, h, q, k: jnp.take(a, q + k, mode="wrap")),
+        get=(
+            normal(2, 40),
+            lambda a, b, h, q, k: a.at[h, k + 5].get(mode="fill", fill_value=-1.0),
+        ),
+        drop_negative=(
+            VECTOR,
+            lambda a, b, h, q, k: a.at[q - k].get(
+                mode="fill", fill_value=0.0, wrap_negative_indices=False
+            ),
+        ),
+    ),
+]
 
 
-@cases(*BIASES)
+def all_dimensions(c, s, b, h, q, k):
+    return s * c["batch"][b] * c["head"][h] * c["query"][q] * c["key"][k] * c["table"][h, k]
+
+
+def gates(c, s, b, h, q, k):
+    inside = jax.nn.sigmoid(c["gate"][h]) * jax.nn.softplus(c["w"][k])
+    return jnp.tanh(s * c["w"][q]) * inside
+
+
+def scalars(c, s, b, h, q, k):
+    return s * c["factor"] + c["slope"] ** 2 * (q - k)
+
+
+def window_bias(c, s, b, h, q, k):
+    near = jnp.abs(q - k) <= 8
+    return jnp.where(near, s + c["a"][jnp.clip(q - k + 8, 0, 16)], -jnp.inf)
+
+
+def global_tokens_bias(c, s, b, h, q, k):
+    special = c["flag"][k] | (q < 2)
+    return s + jnp.where(special, c["a"][h, k], 0.0) + c["level"][k] * 0.25 + c["b"][c["small"][q]]
+
+
+def stopped(c, s, b, h, q, k):
+    return s + c["a"][q] * jax.lax.stop_gradient(c["a"][k])
+
+
+MODIFIED = [
+    modified(
+        "multiplied_in_all_dimensions",
+        all_dimensions,
+        {"batch": HEADS, "head": HEADS, "query": VECTOR, "key": VECTOR, "table": normal(2, 40)},
+    ),
+    modified("gates", gates, {"gate": HEADS, "w": VECTOR}, mask=None),
+    modified("scalars", scalars, {"factor": jnp.float32(0.7), "slope": jnp.float32(0.1)}),
+    modified("window_bias", window_bias, {"a": normal(17)}, mask=None),
+    modified(
+        "global_tokens_bias_with_integers_and_booleans",
+        global_tokens_bias,
+        {
+            "a": normal(2, 40),
+            "flag": jnp.arange(40) % 7 == 0,
+            "level": jnp.arange(40, dtype=jnp.int32) % 11,
+            "b": normal(5),
+            "small": jnp.arange(40, dtype=jnp.uint8) % 5,
+        },
+    ),
+    modified("stopped_gradient", stopped, {"a": VECTOR}),
+]
+
+
+@cases(*READS)
 def test_read(case, backend):
-    check(case, backend)
-
-
-@cases(*MULTIPLE)
-def test_several_reads(case, backend):
-    check(case, backend)
-
-
-@cases(*DTYPES)
-def test_dtype(case, backend):
     check(case, backend)
 
 
@@ -180,34 +199,37 @@ def test_out_of_range(case, backend):
     check(case, backend)
 
 
+@cases(*MODIFIED)
+def test_use(case, backend):
+    check(case, backend)
+
+
 def test_only_the_bias_is_differentiated(backend):
-    case = reads("only_bias", lambda c, b, h, q, k: c["a"][h, q - k], {"a": normal(2, 40)})
+    """Neither query nor key nor value is: their gradients are never asked for."""
+    case = added("only_bias", bias=(normal(2, 40), lambda a, b, h, q, k: a[h, q - k]))
     d_out, _ = case.cotangents
 
     @jax.jit
-    def gradient(bias):
-        def loss(bias):
-            block_mask = create_block_mask(case.mask, None, None, 40, 40, 16)
-            out = flex_attention(
-                *case.operands, case.score({"a": bias}), block_mask, backend=backend
-            )
-            return (out * d_out).sum()
-
-        return jax.grad(loss)(bias)
+    @jax.grad
+    def gradient(captures):
+        mask = create_block_mask(causal, None, None, 40, 40, 16)
+        out = flex_attention(*case.operands, case.score(captures), mask, backend=backend)
+        return (out * d_out).sum()
 
     exact = oracle_grads(
-        *case.operands, d_out, captures=case.captures, score_mod=case.score, mask_mod=case.mask
+        *case.operands, d_out, captures=case.captures, score_mod=case.score, mask_mod=causal
     )
-    assert_close("bias", gradient(case.captures["a"]), exact.captures["a"])
+    assert_close("bias", gradient(case.captures)["bias"], exact.captures["bias"])
 
 
 def test_float_captures_of_a_mask_have_zero_gradient(backend):
     case = Case("threshold")
 
-    def loss(threshold):
+    @jax.jit
+    @jax.grad
+    def gradient(threshold):
         mask = lambda b, h, q, k: jnp.abs(q - k) * 0.1 < threshold[h]
         block_mask = create_block_mask(mask, None, 2, 40, 40, 16)
         return flex_attention(*case.operands, block_mask=block_mask, backend=backend).sum()
 
-    gradient = jax.jit(jax.grad(loss))(jnp.asarray([0.5, 3.0]))
-    assert not np.asarray(gradient).any()
+    assert not np.asarray(gradient(jnp.asarray([0.5, 3.0]))).any()

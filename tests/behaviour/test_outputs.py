@@ -14,11 +14,9 @@ window = masks.sliding_window(7)
 beyond = masks.and_masks(causal, masks.not_mask(window))
 
 SCALES = [
-    Case("scale_number", scale=0.3, mask=causal),
-    Case("scale_negative", scale=-0.5, mask=causal),
+    Case("scale_number", scale=-0.3, mask=causal),
     Case("scale_zero", scale=0.0, mask=causal),
-    Case("scale_array", scale=jnp.float32(0.3), mask=causal),
-    Case("scale_array_before_score_mod", scale=jnp.float32(0.8), mask=causal,
+    Case("scale_array", scale=jnp.float32(0.8), mask=causal,
          score=lambda c: scores.soft_cap(1.0)),
     Case("scale_before_score_mod", scale=2.0, score=lambda c: lambda s, b, h, q, k: s * s / 8,
          mask=causal),
@@ -33,23 +31,19 @@ def whole_numbers(query, key, value):
 
 SIZES = [
     Case("scores_of_1e4", scale=1024.0, edit=whole_numbers, mask=causal),
-    Case("scores_of_1e4_without_mask", scale=1024.0, edit=whole_numbers),
     Case("scores_of_minus_1e4", scale=1.0, edit=whole_numbers, mask=causal,
          score=lambda c: lambda s, b, h, q, k: s - 16384.0),
-    Case("score_mod_of_1e30", scale=1.0, edit=whole_numbers, mask=causal,
+    Case("score_mod_of_minus_1e30", scale=1.0, edit=whole_numbers, mask=causal,
          score=lambda c: lambda s, b, h, q, k: jnp.where((q + k) % 2 == 0, s, -1e30)),
     Case("tiny_scores", scale=1e-20, mask=causal),
     Case("growing_maximum", mask=causal, score=lambda c: lambda s, b, h, q, k: s + 3.0 * k),
-    Case("falling_maximum", mask=causal, score=lambda c: lambda s, b, h, q, k: s - 3.0 * k),
 ]  # fmt: skip
 
 SINKS = [
     Case("sinks", sinks=normal(2), mask=causal, smoke=True),
-    Case("sinks_without_mask", sinks=jnp.asarray([-30.0, 30.0])),
+    Case("sinks_without_mask", sinks=jnp.asarray([-6.0, 6.0])),
     Case("sinks_gqa", sinks=normal(4), heads=4, kv_heads=2, batch=1, mask=window),
     Case("sinks_and_dead_rows", sinks=normal(2), mask=masks.causal(-9)),
-    Case("sinks_with_soft_cap", sinks=normal(2), mask=causal,
-         score=lambda c: scores.soft_cap(2.0)),
     Case("sinks_bfloat16", sinks=normal(2), mask=causal, dtype="bfloat16", batch=1),
 ]  # fmt: skip
 

@@ -20,6 +20,10 @@ def later_half_only(b, h, q_idx, kv_idx):
     return q_idx >= 20
 
 
+def dead_batch_row_and_head(b, h, q_idx, kv_idx):
+    return (b == 1) & (h == 0) & (kv_idx < 30)
+
+
 def dead_by_score(c):
     return lambda s, b, h, q, k: jnp.where((q % 3 == 0) | (k > q), -jnp.inf, s * c["a"][q])
 
@@ -29,9 +33,7 @@ DEAD_ROWS = [
     Case("dead_rows_of_blocks", mask=later_half_only),
     Case("dead_rows_before_the_first_key", mask=masks.causal(-25), block=(32, 8)),
     Case("all_rows_dead", mask=lambda b, h, q, k: q < 0),
-    Case("dead_head", mask=lambda b, h, q, k: h == 1, mask_shape=(None, 2)),
-    Case("dead_batch_row", mask=masks.padding(jnp.asarray([0, 30])), mask_shape=(2, None)),
-    Case("dead_rows_by_score", score=dead_by_score, captures={"a": normal(40)}),
+    Case("dead_batch_row_and_head", mask=dead_batch_row_and_head, mask_shape=(2, 2)),
     Case(
         "dead_rows_by_score_and_mask",
         score=dead_by_score,
@@ -91,15 +93,18 @@ def safe(function, fallback=1.0):
     return {"score": poisoned, "true_score": clean}
 
 
+def hidden(name, function, edit, fallback=1.0, **options):
+    return Case(name, **safe(function, fallback), edit=edit, mask=without_them, **options)
+
+
 SCORES = [
-    Case("inverse_of_zero", **safe(lambda s: 1.0 / s), edit=zero_scores, mask=without_them),
-    Case("log_of_negative", **safe(jnp.log), edit=negative_scores, mask=without_them),
-    Case("log_of_zero", **safe(lambda s: jnp.log(s * s)), edit=zero_scores, mask=without_them),
-    Case("root_of_negative", **safe(jnp.sqrt), edit=negative_scores, mask=without_them),
-    Case("root_of_zero", **safe(lambda s: jnp.sqrt(jnp.abs(s))), edit=zero_scores, mask=without_them),
-    Case("exp_overflows", **safe(lambda s: jnp.exp(-40.0 * s) * 1e-3, 0.0), edit=negative_scores, mask=without_them, scale=1.0),
-    Case("inverse_of_zero_bfloat16", **safe(lambda s: 1.0 / s), edit=zero_scores, mask=without_them, dtype="bfloat16", batch=1),
-]  # fmt: skip
+    hidden("inverse_of_zero", lambda s: 1.0 / s, zero_scores),
+    hidden("log_of_negative", jnp.log, negative_scores),
+    hidden("log_of_zero", lambda s: jnp.log(s * s), zero_scores),
+    hidden("root_of_zero", lambda s: jnp.sqrt(jnp.abs(s)), zero_scores),
+    hidden("exp_overflows", lambda s: jnp.exp(-40.0 * s) * 1e-3, negative_scores, 0.0, scale=1.0),
+    hidden("bfloat16", lambda s: 1.0 / s, zero_scores, dtype="bfloat16", batch=1),
+]
 
 
 def unmasked(name, function, **options):
@@ -116,10 +121,9 @@ def unmasked(name, function, **options):
 PADDING = [
     unmasked("inverse_in_the_tail", lambda s: 1.0 / s, q_len=37, kv_len=37, mask=masks.noop_mask),
     unmasked("inverse_in_the_tail_without_mask", lambda s: 1.0 / s, q_len=150, kv_len=140),
-    unmasked("log_in_the_tail", jnp.log, q_len=37, kv_len=45, mask=causal),
     unmasked("root_in_the_tail", jnp.sqrt, q_len=37, kv_len=45, mask=causal),
-    unmasked("block_larger_than_lengths", lambda s: 1.0 / s, q_len=5, kv_len=3, mask=causal, block=32),
-]  # fmt: skip
+    unmasked("short_of_one_block", jnp.log, q_len=5, kv_len=3, mask=causal, block=32),
+]
 
 POSITIONS = np.arange(40)
 FUTURE = jnp.asarray(np.where(POSITIONS[None, :] > POSITIONS[:, None], np.nan, 0.0), jnp.float32)
@@ -193,20 +197,18 @@ CAPTURES = [
 
 # The mask comes after score_mod, which never sees -inf and cannot bring a hidden position back.
 ORDER = [
-    Case("score_mod_cannot_unmask", score=lambda c: lambda s, b, h, q, k: 5.0 * (k > q), mask=causal),
-    Case("soft_cap_before_the_mask", score=lambda c: scores.soft_cap(0.5), mask=causal),
-    Case("inverse_before_the_mask", score=lambda c: lambda s, b, h, q, k: 1.0 / (s + 9.0), mask=causal),
     Case(
-        "score_of_minus_infinity",
-        score=lambda c: lambda s, b, h, q, k: jnp.where(k == q - 3, -jnp.inf, s),
+        "score_mod_cannot_unmask",
+        score=lambda c: lambda s, b, h, q, k: 5.0 * (k > q) + jnp.tanh(s) + 1.0 / (s + 9.0),
         mask=causal,
     ),
+    Case("soft_cap_before_the_mask", score=lambda c: scores.soft_cap(0.5), mask=causal),
     Case(
         "finite_minimum_is_not_a_mask",
         score=lambda c: lambda s, b, h, q, k: jnp.where(k < 3, s, -1e30),
         mask=masks.causal(-1),
     ),
-]  # fmt: skip
+]
 
 
 @cases(*DEAD_ROWS)

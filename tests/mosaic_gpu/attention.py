@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from flexjax import BlockMask, create_block_mask
-from flexjax.attention import _scaled, _shapes, _with_mods
 from flexjax.backends import mosaic_gpu
 from flexjax.problem import BLHD, Operands, Problem, Result
 from flexjax.testing import assert_close, oracle
+from tests.mosaic_gpu.problems import problem_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,30 +88,6 @@ class Case:
             max_scores=self.max_scores,
             options=self.options | options,
         )
-
-
-def problem_of(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    score_mod: Any = None,
-    block_mask: BlockMask | None = None,
-    scale: float | None = None,
-    layout: str = "BHLD",
-    max_scores: bool = False,
-    options: dict | None = None,
-) -> tuple[Problem, Operands]:
-    """What the front end makes of an attention. The arrays may be `jax.ShapeDtypeStruct`s."""
-    problem = _shapes(query, key, value, layout, None)
-    score_mod, scale = _scaled(score_mod, scale, problem.qk_dim)
-    problem = dataclasses.replace(
-        problem,
-        scale=scale,
-        max_scores=max_scores,
-        options=tuple(sorted((options or {}).items())),
-    )
-    return _with_mods(problem, Operands(query, key, value), score_mod, block_mask)
 
 
 def cases(*items: Case) -> pytest.MarkDecorator:

@@ -150,8 +150,8 @@ OPS_COVERED = sorted({case.op for case in CASES})
 
 def graph_of(
     cases: Sequence[Case], ranks: Sequence[str], heads: int, q_len: int, kv_len: int
-) -> tuple[Graph, list[np.dtype]]:
-    """One graph with an output for every case and rank, and the dtypes of its captures.
+) -> tuple[Graph, list[np.ndarray]]:
+    """One graph with an output for every rank and case, and its captures.
 
     An operand of rank tile is read from a captured array [q_len, kv_len], of rank row from [q_len], of rank
     column from [kv_len], of rank scalar from [heads]. Equal dtype, rank and operand number share an array.
@@ -165,7 +165,7 @@ def graph_of(
         key = (dtype, rank, number)
         if key not in arrays:
             shape = tuple(extents[a] for a in axes[rank])
-            arrays[key] = np.zeros(shape, np_dtype(dtype))
+            arrays[key] = values(np_dtype(dtype), shape, number)
         indices = [builder.input(a) for a in axes[rank]]
         return builder.load(builder.capture(arrays[key]), indices, np_dtype(dtype))
 
@@ -174,5 +174,67 @@ def graph_of(
         for case in cases:
             operands = [operand(d, rank, i) for i, d in enumerate(case.dtypes)]
             outputs.append(case.apply(builder, operands))
-    graph, _ = builder.finish(outputs)
-    return graph, [c.dtype for c in graph.captures]
+    graph, kept = builder.finish(outputs)
+    return graph, [builder.captures[i] for i in kept]
+
+
+_FLOAT_SPECIAL = (
+    *(
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        -0.5,
+        1.5,
+        -1.5,
+        2.5,
+        -2.5,
+        2.0,
+        -3.0,
+        0.25,
+        1e-3,
+        -1e-3,
+        7.0,
+        -0.999,
+    ),
+    *(
+        np.inf,
+        -np.inf,
+        np.nan,
+        3e38,
+        -3e38,
+        1e-30,
+        -1e-30,
+        1e10,
+        -1e10,
+        65504.0,
+        100.0,
+        -100.0,
+        20.0,
+    ),
+)
+_INTEGER_SPECIAL = (
+    *(0, 1, -1, 2, -2, 3, 7, -7, 8, 15, 16, 31, 32, 33, 127, 128, 255, -128, 2**15 - 1, -(2**15)),
+    *(2**16 - 1, 2**31 - 1, -(2**31), 2**32 - 1, 2**30, 12345678),
+)
+
+
+def values(dtype: np.dtype, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Operands: every pair of special values first if two arrays have seeds 0 and 1, then random ones."""
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(shape))
+    if dtype == np.bool_:
+        return rng.integers(0, 2, shape).astype(bool)
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        special = np.array([v for v in _INTEGER_SPECIAL if limits.min <= v <= limits.max])
+        random = rng.integers(limits.min, limits.max, count, endpoint=True)
+        random = np.where(rng.random(count) < 0.5, random, rng.integers(0, 41, count))
+    else:
+        special = np.array(_FLOAT_SPECIAL)
+        random = rng.normal(size=count) * 2.0 ** rng.integers(-12, 12, count)
+    grid = np.meshgrid(special, special, indexing="ij")[seed % 2].reshape(-1)
+    random[: len(grid)] = grid[:count]
+    with np.errstate(over="ignore"):
+        return random.astype(dtype).reshape(shape)

@@ -96,7 +96,7 @@ def with_garbage(mask):
 def listed_blocks():
     """Block lists without a mask_mod: rows see all of the blocks that are listed."""
     counts, indices = jnp.asarray([[[1, 2, 0]]]), jnp.asarray([[[[2, 0, 0], [0, 1, 0], [0, 0, 0]]]])
-    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(300, 300))
+    return BlockMask.from_kv_blocks(counts, indices, seq_lengths=(384, 384))
 
 
 def in_listed_blocks(b, h, q_idx, kv_idx):
@@ -176,7 +176,7 @@ BLOCKS = [
     Case("documents_d128", mask=document, q_len=1007, heads=2, dim=128, layout="BLHD"),
     Case("empty_rows", mask=some_empty_rows, q_len=600),
     Case("garbage_past_the_counts", mask=masks.sliding_window(150, 0), q_len=700, edit_mask=with_garbage),
-    Case("lists_without_mask", block_mask=listed_blocks, mask=in_listed_blocks, q_len=300),
+    Case("lists_without_mask", block_mask=listed_blocks, mask=in_listed_blocks, q_len=384),
     Case("full_blocks_ignore_the_mask", block_mask=full_blocks_that_mask, mask=in_full_blocks, q_len=256),
     Case("prefix", mask=masks.prefix_lm(300), q_len=777),
 ]  # fmt: skip
@@ -205,7 +205,6 @@ SCORES = [
     Case("negative_scale", scale=-0.3, mask=causal, q_len=300),
     Case("zero_scale", scale=0.0, q_len=300, mask=causal),
     Case("large_scale", scale=3.0, q_len=300, mask=causal),
-    Case("unseen_poison", edit=poisoned_values, mask=lambda b, h, q, k: k < 128, q_len=500),
     Case("max_scores", score=relative, mask=some_empty_rows, q_len=600, max_scores=True),
     Case("max_scores_no_mods", q_len=333, heads=2, max_scores=True, dim=128),
 ]

@@ -60,13 +60,13 @@ def dense_attention(query, key, value, score_mod=None, mask_mod=None, return_lse
     allowed = jnp.ones(scores.shape, bool)
     if mask_mod is not None:
         allowed = _everywhere(mask_mod)(*indices)
-    scores = jnp.where(allowed, scores, 0.0)
-    weights = jnp.where(allowed, jnp.exp(scores), 0.0)
-    total = weights.sum(-1, keepdims=True)
-    dead = total == 0.0
-    total = jnp.where(dead, 1.0, total)
+    dead = ~allowed.any(-1, keepdims=True)
+    top = jnp.where(dead, 0.0, jnp.where(allowed, scores, -jnp.inf).max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - top, 0.0)), 0.0)
+    total = jnp.where(dead, 1.0, weights.sum(-1, keepdims=True))
     out = jnp.einsum("bhls,bhsd->bhld", weights / total, value, precision="highest")
-    lse = jnp.where(dead, -jnp.inf, jnp.log(total))[..., 0]
+    lse = jnp.where(dead, -jnp.inf, jnp.log(total) + top)[..., 0]
     return (out, lse) if return_lse else out
 
 
@@ -79,6 +79,11 @@ def _everywhere(mod):
 def scalar(function):
     """A loss of the function's output, with curvature of its own."""
     return lambda *args: jnp.sum(jnp.sin(function(*args)))
+
+
+def check(transform, *args, flex=flex, dense=dense):
+    """Compares `transform(flex)` with `transform(dense)`, both compiled."""
+    assert_close(jax.jit(transform(flex))(*args), jax.jit(transform(dense))(*args))
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):

@@ -101,7 +101,7 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
         warpgroups=warpgroups,
         kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups)),
         stages=4 if _narrow(problem) else 2,
-        persistent=problem.option("persistent", True),
+        persistent=problem.option("persistent", _persistent(problem)),
         ping_pong=problem.option("ping_pong", True) and not interpret,
         trust_maximum=problem.option("trust_maximum", True),
         approx_math=problem.option("approx_math", True),
@@ -139,6 +139,17 @@ def _kv_tile(problem: Problem, warpgroups: int) -> int:
     widest = 128 if roomy else 64
     block = widest if problem.blocks is None else problem.blocks.geometry.kv_block
     return next((n for n in KV_TILES if n <= widest and block % n == 0), KV_TILES[-1])
+
+
+def _persistent(problem: Problem) -> bool:
+    """Whether CTAs walk over many tiles.
+
+    Masks that read captured arrays, such as documents, make rows of very uneven length. The hardware's own
+    scheduler, which gives a free multiprocessor the next tile, then does better than tiles that are dealt out in
+    advance; but it leaves start and end of every tile uncovered, which shows where heads are narrow.
+    """
+    uneven = problem.mask is not None and any(node.op == "load" for node in problem.mask.nodes)
+    return not uneven or _narrow(problem)
 
 
 def _checked(problem: Problem, config: Config) -> Config:

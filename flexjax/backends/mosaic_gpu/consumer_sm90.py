@@ -61,18 +61,21 @@ class Consumer:
 
     def _tile(self, tile: Any, begin: Any) -> Any:
         kernel, buffers = self.kernel, self.buffers
-        position = kernel.schedule.position(tile, self.inputs.order)
+        position = kernel.schedule.position(tile)
         steps = kernel.schedule.steps(self.inputs.lists, position)
         v_dim = buffers.value.shape[-1]
 
+        first_key = steps.first_key(0)
+        allowed = self._allowed(position, first_key)
+        if allowed is not None:  # the mask does not count in full blocks
+            allowed = allowed | jnp.broadcast_to(steps.masked == 0, allowed.shape)
         plgpu.barrier_wait(buffers.query_full.at[self.warpgroup])
         stage = kernel.stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = self._raw_scores(stage)
         plgpu.barrier_arrive(buffers.key_free.at[stage])
-        scores = self._scores(
-            scores, position, steps.first_key(0), masked=True, unmasked=steps.masked == 0
-        )
+        scores = self._scores(scores, position, first_key, masked=True)
+        scores = self._hide(scores, allowed, first_key)
         state = kernel.softmax.start(WARPGROUP_ROWS)
         p, state, _ = kernel.softmax.searching(scores, state)
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
@@ -113,6 +116,8 @@ class Consumer:
             out = self._add_product(carry.out, carry.p, previous)
             plgpu.barrier_arrive(buffers.key_free.at[stage])
             scores = self._scores(scores, position, first_key, masked)
+            if masked:
+                scores = self._hide(scores, self._allowed(position, first_key), first_key)
             p, state, alpha = softmax.searching(scores, carry.state)
             plgpu.barrier_arrive(buffers.value_free.at[previous])
             return Accumulation(
@@ -125,11 +130,16 @@ class Consumer:
         if self._takes_turns:
             following = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
             registers.give_turn_to(following)
+        early = masked and kernel.mask_loads
+        allowed = self._allowed(position, first_key) if early else None
         plgpu.wgmma_wait(1)
         # The optimization barriers tie values to the waits, which they do not depend on otherwise.
         scores = lax.optimization_barrier(scores)
         plgpu.barrier_arrive(buffers.key_free.at[stage])
         scores = self._scores(scores, position, first_key, masked)
+        if masked:
+            allowed = allowed if early else self._allowed(position, first_key)
+            scores = self._hide(scores, allowed, first_key)
         update = softmax.searching if masked else softmax.trusting
         p, state, alpha = lax.optimization_barrier(update(scores, carry.state))
         registers.keep_above_next_wait(state.total)
@@ -182,52 +192,51 @@ class Consumer:
 
     # -- scores ---------------------------------------------------------------------------------
 
-    def _scores(
-        self,
-        raw: Any,
-        position: TilePosition,
-        first_key: Any,
-        masked: bool,
-        unmasked: Any = None,
-    ) -> Any:
-        """Modified and, in masked steps, masked scores of a tile, up to a factor.
-
-        Args:
-            raw: Q K^T.
-            position: the tile.
-            first_key: index of the first key.
-            masked: whether the mask and the end of the keys count.
-            unmasked: scalar, true where the mask does not count after all.
-        """
+    def _tile_inputs(
+        self, scores: Any, position: TilePosition, first_key: Any, masked: bool
+    ) -> emit.TileInputs:
         kernel, problem = self.kernel, self.kernel.problem
-        graph, before = kernel.scores.graph, kernel.scores.before
-        scores = raw if before == 1.0 else raw * before
-        tile = emit.TileInputs(
+        kv_tile = kernel.config.kv_tile
+        return emit.TileInputs(
             score=scores,
             b=position.b,
             h=position.h,
             q_start=position.q * kernel.config.q_tile + self.warpgroup * WARPGROUP_ROWS,
             kv_start=kernel.schedule.inside(first_key),
-            q_size=scores.shape[0],
-            kv_size=scores.shape[1],
+            q_size=WARPGROUP_ROWS,
+            kv_size=kv_tile,
             q_limit=problem.q_len,
             # Only masked steps reach over the last key; the others need no clamping.
-            kv_limit=problem.kv_len if masked else scores.shape[1],
+            kv_limit=problem.kv_len if masked else kv_tile,
             approx_math=kernel.config.approx_math,
             interpret=kernel.config.interpret,
         )
-        if graph is not None:
-            scores = _on_tile(graph, self.inputs.score_captures, tile)
-        if not masked:
+
+    def _scores(self, raw: Any, position: TilePosition, first_key: Any, masked: bool) -> Any:
+        """Modified scores of a tile, up to a factor, from the products Q K^T."""
+        graph, before = self.kernel.scores.graph, self.kernel.scores.before
+        scores = raw if before == 1.0 else raw * before
+        if graph is None:
             return scores
-        if problem.mask is not None:
-            allowed = _on_tile(problem.mask, self.inputs.mask_captures, tile)
-            if unmasked is not None:
-                allowed = allowed | jnp.broadcast_to(unmasked, allowed.shape)
+        tile = self._tile_inputs(scores, position, first_key, masked)
+        return _on_tile(graph, self.inputs.score_captures, tile)
+
+    def _allowed(self, position: TilePosition, first_key: Any) -> Any:
+        """What the mask allows in a tile; None without a mask."""
+        mask = self.kernel.problem.mask
+        if mask is None:
+            return None
+        tile = self._tile_inputs(None, position, first_key, masked=True)
+        return _on_tile(mask, self.inputs.mask_captures, tile)
+
+    def _hide(self, scores: Any, allowed: Any, first_key: Any) -> Any:
+        """Scores with -inf where the mask, or the end of the keys, hides them."""
+        if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
-        if kernel.schedule.overhang:
+        if self.kernel.schedule.overhang:
             offset = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
-            scores = jnp.where(offset < problem.kv_len - first_key, scores, -jnp.inf)
+            end = self.kernel.problem.kv_len - first_key
+            scores = jnp.where(offset < end, scores, -jnp.inf)
         return scores
 
     # -- results --------------------------------------------------------------------------------

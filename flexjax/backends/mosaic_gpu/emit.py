@@ -60,7 +60,12 @@ class TileInputs:
     @property
     def type(self) -> TileType:
         return TileType(
-            self.q_size, self.kv_size, self.q_limit, self.kv_limit, self.layout, self.approx_math
+            self.q_size,
+            self.kv_size,
+            self.q_limit,
+            self.kv_limit,
+            self.layout,
+            self.approx_math,
         )
 
     def scalar(self, name: str) -> jax.Array:

@@ -70,7 +70,6 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         key,
         value,
         counts_and_indices,
-        (schedule.longest_first(lists),) if schedule.sorts_rows else (),
         *(tuple(map(_capture, c)) for c in (score_captures, operands.mask_captures)),
     )
     leaves, tree = jax.tree.flatten(inputs)
@@ -172,7 +171,7 @@ class Producer:
 
     def _load_tile(self, tile: Any, begin: Any) -> Any:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
-        position = kernel.schedule.position(tile, self.inputs.order)
+        position = kernel.schedule.position(tile)
         steps = kernel.schedule.steps(self.inputs.lists, position)
         for w in range(config.warpgroups):
             if config.persistent:

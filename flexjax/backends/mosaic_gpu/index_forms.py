@@ -82,6 +82,10 @@ class Forms:
     def as_real(self, x: Form) -> Form:
         return self._form(dict(x.terms), x.offset, real=True)
 
+    def of_terms(self, terms: tuple[tuple[int, int], ...]) -> Form:
+        """The form of these terms without an offset."""
+        return self._form(dict(terms), 0)
+
     def bound(self, x: Form) -> int | None:
         """A bound of |x| and of the sum of the terms; None where there is none."""
         total = abs(x.offset)
@@ -121,4 +125,4 @@ class Forms:
             return self.sum_of_terms(x) + x.offset if x.offset else self.sum_of_terms(x)
         if x.offset:
             return self.lane(self._form(dict(x.terms), 0, real=True)) + x.offset
-        return lanes.cast(self.sum_of_terms(x), F32)
+        return lanes.call("exact_float", self.sum_of_terms(x))

@@ -25,7 +25,6 @@ class Inputs(NamedTuple):
     key: Any
     value: Any
     lists: tuple[Any, ...]
-    order: tuple[Any, ...]
     score_captures: tuple[Any, ...]
     mask_captures: tuple[Any, ...]
 
@@ -99,8 +98,10 @@ class Kernel:
         return self.problem.mask is not None or self.schedule.overhang
 
     @property
-    def q_overhang(self) -> bool:
-        return self.problem.q_len % self.config.q_tile != 0
+    def mask_loads(self) -> bool:
+        """Whether the mask reads captured arrays: it is then evaluated while the products are under way."""
+        mask = self.problem.mask
+        return mask is not None and any(node.op == "load" for node in mask.nodes)
 
     def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
         config, dtype = self.config, self.problem.q_dtype

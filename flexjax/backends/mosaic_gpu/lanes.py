@@ -172,6 +172,14 @@ def _narrow_float(dtype: np.dtype) -> ir.Type:
     return ir.F16Type.get() if dtype.name == "float16" else ir.BF16Type.get()
 
 
+def bfloat16_pair(word: ir.Value) -> tuple[Lane, Lane]:
+    """Two neighbouring bfloat16 in one int32, the first in the low half, in one instruction each."""
+    pair = Lane(word, U32)
+    return tuple(
+        call("float32_of_bits", bits) for bits in (shift_left(pair, 16), pair & 0xFFFF0000)
+    )
+
+
 def widened(value: ir.Value, dtype: np.dtype) -> Lane:
     """An element of an array of `dtype` in memory (int8 for bool) as a lane."""
     if dtype == BOOL:
@@ -245,6 +253,8 @@ FUNCTIONS: dict[str, Emit] = {name: getattr(mlir_math, name) for name in _LIBDEV
     "sin.approx": _ptx("sin.approx.f32"),
     "sqrt.approx": _ptx("sqrt.approx.f32"),
     "tanh.approx": _ptx("tanh.approx.f32"),
+    # Of an int32 below 2**24. LLVM must not see it: it would turn to_float(i) + 8.0 into to_float(i + 8).
+    "exact_float": _asm(_f32, "=f,r", "cvt.rn.f32.s32 $0, $1;"),
     # These saturate and take NaN to 0, as XLA does; LLVM's own conversions leave such inputs undefined.
     "to_int32": _asm(lambda: _integer(32), "=r,f", "cvt.rzi.s32.f32 $0, $1;"),
     "to_uint32": _asm(lambda: _integer(32), "=r,f", "cvt.rzi.u32.f32 $0, $1;"),

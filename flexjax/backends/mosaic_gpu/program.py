@@ -29,6 +29,7 @@ _FLOAT32_EXACT = 2**24
 _LENGTH_FLOOR = 2**21
 
 Item = Lane | Form
+Emitter = Callable[[Sequence[Item]], Item]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Program:
             layout = self.tile.layout_of(node.rank)
             outputs.append(
                 placement.pack(
-                    functools.partial(run.lane, position),
+                    functools.partial(run.output, position),
                     layout and layout.to_mgpu(),
                     self.tile.shape_of(node.rank),
                     tile_ops.carrier(node.dtype),
@@ -133,9 +134,11 @@ class _Run:
         for position, node in enumerate(self.graph.nodes):
             self.values.append(self._node(position, node) if position in live else {})
 
-    def lane(self, position: int, offsets: Offsets) -> Lane:
-        """The value of a node for one element."""
-        item = self.values[position][offsets]
+    def output(self, position: int, offsets: Offsets) -> Lane:
+        """The value of an output for one element."""
+        return self._lane(self.values[position][offsets])
+
+    def _lane(self, item: Item) -> Lane:
         return self.forms.lane(item) if isinstance(item, Form) else item
 
     # -- what to compute ------------------------------------------------------------------------
@@ -215,18 +218,18 @@ class _Run:
         return item if isinstance(item, Form) else self.forms.base(item)
 
     def _elementwise(self, node: Node) -> dict[Offsets, Item]:
-        emit = self._emitter(node)
+        sources, emit = self._fused(node) or (node.args, self._plain(node))
         made: dict[tuple[int, ...], Item] = {}
         values = {}
         for offsets in self.offsets[node.rank]:
-            args = [self._argument(a, offsets) for a in node.args]
+            args = [self._argument(a, offsets) for a in sources]
             key = tuple(map(id, args))
             if key not in made:
-                made[key] = self._with_forms(node, args) or emit(args)
+                made[key] = emit(args)
             values[offsets] = made[key]
         return values
 
-    def _emitter(self, node: Node) -> Callable[[Sequence[Item]], Lane]:
+    def _plain(self, node: Node) -> Emitter:
         nodes = [self.graph.nodes[a] for a in node.args]
         operands = tile_ops.Operands(
             dict(node.params),
@@ -236,11 +239,34 @@ class _Run:
             self.tile.approx,
         )
 
-        def emit(args: Sequence[Item]) -> Lane:
-            given = [self.forms.lane(a) if isinstance(a, Form) else a for a in args]
-            return tile_ops.apply(node.op, operands, node.dtype, *given)
+        def emit(args: Sequence[Item]) -> Item:
+            form = self._with_forms(node, args)
+            if form is not None:
+                return form
+            return tile_ops.apply(node.op, operands, node.dtype, *map(self._lane, args))
 
         return emit
+
+    def _fused(self, node: Node) -> tuple[Sequence[int], Emitter] | None:
+        """Computes x y + z and its kin in one instruction, if the node is one of these.
+
+        LLVM would fuse only products that have no other use, as products on diagonals do.
+        """
+        if node.op not in ("add", "sub") or node.dtype != F32:
+            return None
+        operands = [self.graph.nodes[a] for a in node.args]
+        products = [i for i, o in enumerate(operands) if o.op == "mul" and o.rank == node.rank]
+        if not products:
+            return None
+        number = products[0]
+        negate_product = node.op == "sub" and number == 1
+        negate_other = node.op == "sub" and number == 0
+
+        def emit(args: Sequence[Item]) -> Item:
+            x, y, z = map(self._lane, args)
+            return lanes.call("fma", -x if negate_product else x, y, -z if negate_other else z)
+
+        return (*operands[number].args, node.args[1 - number]), emit
 
     # -- arithmetic on forms --------------------------------------------------------------------
 

@@ -46,15 +46,6 @@ class Steps(NamedTuple):
         return jnp.maximum(self.count, 1)
 
 
-def _unravel(number: Any, *inner: int) -> tuple[Any, ...]:
-    """(i, j, ..., outer) of a number that counts up the last of the inner indices first."""
-    digits = []
-    for size in inner[::-1]:
-        digits.append(lax.rem(number, jnp.int32(size)))
-        number = lax.div(number, jnp.int32(size))
-    return (*digits[::-1], number)
-
-
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The tiles and steps of a problem under a configuration."""
@@ -114,43 +105,17 @@ class Schedule:
         count = rounds - (nth(jnp.int32(rounds - 1)) >= self.tiles).astype(jnp.int32)
         return lax.fori_loop(0, count, lambda i, carry: visit(nth(i), carry), jnp.int32(0))
 
-    def position(self, tile: Any, order: Any) -> TilePosition:
+    def position(self, tile: Any) -> TilePosition:
         """Where a tile lies.
 
-        Heads vary fastest, so that a wave shares its keys. The last queries, with causal masks the most work,
-        come first, or the longest rows of blocks where they are sorted.
-
-        Args:
-            tile: its number.
-            order: reference to what `longest_first` gave; empty if rows are not sorted.
+        Heads vary fastest, so that a wave shares its keys; the last queries, with causal masks the most work,
+        come first.
         """
         p = self.problem
-        if not order:
-            b, h, row = _unravel(tile, p.batch, p.q_heads)
-            return TilePosition(b, h, self.q_tiles - 1 - row)
-        blocks = p.blocks
-        assert blocks is not None, "only rows of block lists are sorted"
-        batch, heads = p.batch // blocks.batch, p.q_heads // blocks.heads
-        b, h, place = _unravel(tile, batch, heads)
-        list_row = order[0][place]
-        list_h, row, list_b = _unravel(list_row, blocks.heads, self.q_tiles)
-        return TilePosition(list_b * batch + b, list_h * heads + h, row)
-
-    def longest_first(self, lists: Any) -> Any:
-        """Flat numbers of the rows of blocks [batch, heads, rows], those with the most steps first."""
-        counts = lists.kv_num_blocks + lists.full_kv_num_blocks
-        return jnp.argsort(-counts.reshape(-1)).astype(jnp.int32)
-
-    @property
-    def sorts_rows(self) -> bool:
-        """Whether rows of blocks are computed in the order of their length.
-
-        Masks that read captured arrays, such as documents, make rows of very uneven length in any order.
-        """
-        p = self.problem
-        if p.blocks is None or p.mask is None or p.blocks.geometry.q_block != self.config.q_tile:
-            return False
-        return self.config.persistent and any(node.op == "load" for node in p.mask.nodes)
+        heads = jnp.int32(p.batch * p.q_heads)
+        bh, row = lax.rem(tile, heads), lax.div(tile, heads)
+        b, h = lax.div(bh, jnp.int32(p.q_heads)), lax.rem(bh, jnp.int32(p.q_heads))
+        return TilePosition(b, h, self.q_tiles - 1 - row)
 
     def kv_row(self, position: TilePosition) -> tuple[Any, Any]:
         """Batch row and head of the keys."""
@@ -170,10 +135,12 @@ class Schedule:
         """
         kv_tile = self.config.kv_tile
         if not lists:
-            last = self.kv_tiles - 1
-            masked = jnp.int32(1 if self.overhang else 0)
-            # Downwards: the step that reaches over the last key is the first one.
-            return Steps(masked, jnp.int32(last + 1), lambda i: (last - i) * kv_tile)
+            count = jnp.int32(self.kv_tiles)
+            if not self.overhang:
+                return Steps(jnp.int32(0), count, lambda i: i * kv_tile)
+            # The step that reaches over the last key is the first one.
+            last = jnp.int32(self.kv_tiles - 1)
+            return Steps(jnp.int32(1), count, lambda i: jnp.where(i == 0, last, i - 1) * kv_tile)
         blocks = self.problem.blocks
         assert blocks is not None, "lists come with their static part"
         geometry = blocks.geometry

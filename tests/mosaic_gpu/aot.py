@@ -1,0 +1,133 @@
+"""Compiles the forward kernel to H100 machine code on a machine without a GPU, and tells what came out.
+
+Run as `python -m tests.mosaic_gpu.aot NAME...`, in an environment with JAX's CUDA plugin and NVIDIA's
+assembler (see `REQUIREMENTS`); prints one JSON object a variant. It must be its own process: the plugin, what
+it dumps and where it looks for its tools are settled when JAX starts.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Beside jax itself, in its version; installed without their dependencies.
+REQUIREMENTS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
+
+TARGET = Path(__file__).with_name("h100.textproto")
+
+
+def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
+    from flexjax import masks, scores
+
+    causal = masks.causal()
+    ids = np.arange(q_len, dtype=np.int32) // 300
+
+    def document(b, h, q_idx, kv_idx):
+        import jax.numpy as jnp
+
+        return (jnp.asarray(ids)[q_idx] == jnp.asarray(ids)[kv_idx]) & (q_idx >= kv_idx)
+
+    def relative(score, b, h, q_idx, kv_idx):
+        return score + (q_idx - kv_idx)
+
+    return {
+        "noop": lambda: (None, None),
+        "causal": lambda: (None, causal),
+        "document": lambda: (None, document),
+        "soft_cap": lambda: (scores.soft_cap(20.0), causal),
+        "alibi": lambda: (scores.alibi(heads), causal),
+        "relative": lambda: (relative, None),
+        "table": lambda: (
+            scores.relative_table(np.ones((heads, 2 * q_len - 1), np.float32)),
+            causal,
+        ),
+    }[name]()
+
+
+# name -> (variant, dimensions and options)
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "noop_d128": ("noop", {"dim": 128}),
+    "causal_d128": ("causal", {"dim": 128}),
+    "document_d128": ("document", {"dim": 128}),
+    "soft_cap_d128": ("soft_cap", {"dim": 128}),
+    "relative_d128": ("relative", {"dim": 128}),
+    "noop_d64": ("noop", {"dim": 64}),
+    "relative_d64": ("relative", {"dim": 64}),
+    "alibi_d64_float16": ("alibi", {"dim": 64, "dtype": "float16"}),
+    "odd_causal_d96_blhd": ("causal", {"dim": 96, "q_len": 1001, "layout": "BLHD"}),
+    "causal_d256": ("causal", {"dim": 256}),
+    "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
+    "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
+}
+
+
+def compile_variant(name: str, dump: Path) -> dict[str, Any]:
+    """Compiles one variant; registers, spilled bytes and matrix instructions of the machine code."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from flexjax import create_block_mask
+    from flexjax.backends import mosaic_gpu
+    from tests.mosaic_gpu.problems import problem_of
+
+    variant, options = VARIANTS[name]
+    batch, heads, q_len, dim = 2, 4, options.get("q_len", 1024), options["dim"]
+    layout, dtype = options.get("layout", "BHLD"), options.get("dtype", "bfloat16")
+    shape = (batch, heads, q_len) if layout == "BHLD" else (batch, q_len, heads)
+    query, value = (
+        jax.ShapeDtypeStruct((*shape, d), jnp.dtype(dtype))
+        for d in (dim, options.get("v_dim", dim))
+    )
+    score_mod, mask_mod = _mods(variant, q_len, heads)
+    mask = None
+    if mask_mod is not None:
+        mask = create_block_mask(mask_mod, None, None, q_len, q_len, options.get("block", 128))
+    problem, operands = problem_of(
+        query, query, value, score_mod=score_mod, block_mask=mask, layout=layout
+    )
+    mosaic_gpu.check(problem)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    operands = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), operands
+    )
+    for old in dump.iterdir():
+        old.unlink()
+    run = jax.jit(lambda o: mosaic_gpu.forward(problem, o))
+    run.trace(operands).lower(lowering_platforms=("cuda",)).compile()
+    report = "\n".join(p.read_text() for p in dump.glob("*.ptxas"))
+    code = "\n".join(p.read_text() for p in dump.glob("*.ptx"))
+    return {
+        "name": name,
+        "registers": [int(n) for n in re.findall(r"Used (\d+) registers", report)],
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
+        "serialized": re.findall(r"[^\n]*C75\d\d[^\n]*", report),
+        "matrix_instructions": len(re.findall(r"wgmma\.mma_async", code)),
+    }
+
+
+def main(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        # Before JAX starts: no GPU and no cuDNN are needed, and the assembler lies among the packages.
+        packages = next(p for p in map(Path, sys.path) if p.name == "site-packages")
+        os.environ |= {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "MOSAIC_GPU_DUMP_TO": folder,
+            "PATH": f"{packages / 'nvidia/cu13/bin'}:{os.environ['PATH']}",
+        }
+        for name in names:
+            print(json.dumps(compile_variant(name, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(VARIANTS))
