@@ -188,6 +188,12 @@ def _attention_fwd(call: Call, *leaves: Any) -> tuple[tuple[Any, ...], tuple[Any
 
 
 def _attention_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    blocks = call.problem.blocks
+    if blocks is not None and not blocks.backward:
+        raise ValueError(
+            "This attention is differentiated, but its block_mask is for inference only: it was built with "
+            "compute_q_blocks=False. Build it with compute_q_blocks=True, the default."
+        )
     d_out, d_lse = (_compat.instantiate_zeros(c) for c in cotangents[:2])
     args = (*residuals, d_out, d_lse)
     gradients = AttentionBackward(call, [jax.typeof(x) for x in args])(*args)
