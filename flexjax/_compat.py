@@ -182,7 +182,8 @@ def by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     """`switch.on(platform)(*args)` for the platform that the program is lowered for.
 
     Unlike `lax.platform_dependent`, it traces nothing for the other platforms: a CPU program does not pay for
-    tracing a GPU kernel. The function for "any" platform tells the types of the results.
+    tracing a GPU kernel. `on` is asked for "cuda", for "other" platforms, and for "types", to tell those of the
+    results.
 
     Args:
         switch: hashable, with a method `on(platform) -> function`.
@@ -193,7 +194,7 @@ def by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
 
 @_by_platform_p.def_abstract_eval
 def _by_platform_types(*avals: Any, switch: Any) -> tuple[Any, ...]:
-    return output_avals(switch.on("any"), avals)
+    return output_avals(switch.on("types"), avals)
 
 
 def _lowering_on(platform: str) -> Any:
@@ -203,5 +204,5 @@ def _lowering_on(platform: str) -> Any:
     return lower
 
 
-mlir.register_lowering(_by_platform_p, _lowering_on("any"))
+mlir.register_lowering(_by_platform_p, _lowering_on("other"))
 mlir.register_lowering(_by_platform_p, _lowering_on("cuda"), platform="cuda")

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexjax import _compat
 from flexjax.backends import xla
-from flexjax.backends.registry import Choice, load, warn_about_fallback
+from flexjax.backends.registry import Choice, load, needs_cuda, warn_about_fallback
 from flexjax.mods.ops import is_float
 from flexjax.mods.trace import index_ranges
 from flexjax.mods.transform import fold_batch, rewrite_graph, rewrite_score_mod
@@ -102,8 +102,7 @@ class _Forward:
     call: Call
 
     def on(self, platform: str) -> Any:
-        name = _backend_on(platform, self.call.choice)
-        return functools.partial(_forward_with, load(name).forward, self.call)
+        return functools.partial(_forward_with, _backend_on(platform, self.call).forward, self.call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ class _Backward:
 
     def on(self, platform: str) -> Any:
         choice = self.call.choice
-        module = load(_backend_on(platform, choice))
+        module = _backend_on(platform, self.call)
         if not hasattr(module, "backward"):
             reason = f"The {module.NAME} backend has no backward pass."
             if choice.explicit:
@@ -128,8 +127,19 @@ class _Backward:
         )
 
 
-def _backend_on(platform: str, choice: Choice) -> str:
-    return choice.cuda if platform == "cuda" else choice.portable
+def _backend_on(platform: str, call: Call) -> Any:
+    """The backend's module for "cuda", for "other" platforms, or, to tell "types" only, for no matter which.
+
+    Raises:
+        NotImplementedError: the user asked for a backend that does not run on the platform.
+    """
+    name = call.choice.cuda if platform == "cuda" else call.choice.portable
+    if platform == "other" and needs_cuda(name) and not call.problem.option("interpret", False):
+        raise NotImplementedError(
+            f"backend={name!r} runs on NVIDIA GPUs, but this program is compiled for another platform. Leave "
+            "backend out to have the best one chosen for each platform."
+        )
+    return load(name)
 
 
 def _forward_with(forward: Any, call: Call, *leaves: Any) -> tuple[Any, ...]:
@@ -148,8 +158,8 @@ def _run_backward(call: Call, *args: Any) -> tuple[Any, ...]:
 
 def _by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     choice = switch.call.choice
-    if choice.cuda == choice.portable:
-        return switch.on("any")(*args)
+    if choice.cuda == choice.portable and not needs_cuda(choice.cuda):
+        return switch.on("other")(*args)
     return _compat.by_platform(switch, args)
 
 

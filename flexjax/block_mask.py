@@ -25,6 +25,7 @@ from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
 from flexjax.mods.trace import index_ranges, trace_mask_mod, trace_score_mod
 from flexjax.mods.transform import rewrite_graph, select
+from flexjax.sharding import replicated
 
 MaskMod = Callable[..., Any]
 
@@ -395,6 +396,7 @@ def create_block_mask(
     heads = 1 if H is None else _positive(H, "H")
     ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
     graph, captures = trace_mask_mod(mask_mod, ranges)
+    captures = [replicated(c) for c in captures]
     blocks = None
     if (
         not captures
