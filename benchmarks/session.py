@@ -119,7 +119,7 @@ def _contender_keys(contender: peers.Contender) -> dict[str, Any]:
     keys = {
         "peer": contender.peer,
         "layout": contender.layout,
-        "compile_s": round(contender.compile_s, 3),
+        "compile_s": None if contender.compile_s is None else round(contender.compile_s, 3),
         "config": contender.config,
     }
     if contender.density is not None:

@@ -43,7 +43,7 @@ class Contender:
         synchronize: waits for a result and for everything queued before it.
         heads: `(result, [(batch, head), ...]) -> [[L, D] float32, ...]`.
         input_sets: inputs to rotate over.
-        compile_s: seconds that the first call took beyond running.
+        compile_s: seconds that the first call took beyond running; None if a cache may have served it.
         layout: "BHLD" or "BLHD".
         config: what distinguishes this way of running the peer.
         block_size: (q_block, kv_block) of the peer's block mask, None if it has none.
@@ -55,7 +55,7 @@ class Contender:
     synchronize: Callable[[Any], None]
     heads: Callable[[Any, Sequence[tuple[int, int]]], list[np.ndarray]]
     input_sets: int
-    compile_s: float
+    compile_s: float | None
     layout: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     block_size: tuple[int, int] | None = None
