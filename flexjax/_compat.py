@@ -154,6 +154,11 @@ def instantiate_zeros(tangent: Any) -> Any:
     return hijax.instantiate_zeros(tangent)
 
 
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is a symbolic zero: what it belongs to is not differentiated."""
+    return isinstance(tangent, hijax.Zero)
+
+
 def output_avals(function: Any, avals: Sequence[Any]) -> tuple[Any, ...]:
     """Types of a function's outputs, with the sharding and manual axes that tracing it gives them."""
     meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
