@@ -22,6 +22,7 @@ ROOT = str(Path(FOLDER).parent)
 # Module and one line of help of each subcommand; a module has add_arguments(parser) and run(arguments).
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
+    "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 
