@@ -18,7 +18,7 @@ COMMIT_VARIABLE = "FLEXJAX_COMMIT"
 
 # In the order of the rows. A row has the keys that apply to it and no others.
 KEYS = (
-    "suite",  # forward, backward, decode, mask, train, infer
+    "suite",  # forward, backward, tune, decode, mask, train, infer
     "run",  # one id a run; ratios are taken inside a run only
     "peer",
     "variant",

@@ -23,6 +23,7 @@ ROOT = str(Path(FOLDER).parent)
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
+    "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

@@ -40,9 +40,23 @@ class Suite(Protocol):
         """Rates that follow from the time of one call."""
 
 
-def run(suite: Suite, settings: Settings, default_peers: tuple[str, ...]) -> Rows:
-    """Measures all cases, writing each one's rows as soon as it has them."""
-    able, reasons = peers.partition(list(settings.peers or default_peers))
+def run(
+    suite: Suite,
+    settings: Settings,
+    default_peers: tuple[str, ...] = (),
+    able: list[peers.Peer] | None = None,
+) -> Rows:
+    """Measures all cases, writing each one's rows as soon as it has them.
+
+    Args:
+        suite: what is measured.
+        settings: the command line.
+        default_peers: names of the peers, if the command line has none.
+        able: the peers themselves, instead of names.
+    """
+    reasons: dict[str, str] = {}
+    if able is None:
+        able, reasons = peers.partition(list(settings.peers or default_peers))
     origin, run_id = records.provenance(), records.new_run()
     path = records.results_file(settings.out, suite.name, run_id, origin["device"])
     progress = Progress(suite.count(settings))

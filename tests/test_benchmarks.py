@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, plots, records, reference, run, settings, table, targets
+from benchmarks import peers, plots, records, reference, run, settings, table, targets, tune
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
 from benchmarks.timing import Plan, interleaved
 from benchmarks.variants import SHAPES, VARIANTS, Shape, document_ids, visited_blocks, work
 from flexjax import create_block_mask, flex_attention
+from flexjax.backends import mosaic_gpu
 from flexjax.testing import oracle, oracle_grads
 
 NAMES = list(VARIANTS)
@@ -521,3 +522,11 @@ def test_reference_gradients_are_those_of_jax(variant):
         head = exact[number % 3][expected.batch, expected.head]
         assert reference.relative_error(np.asarray(head), expected.out) < 1e-6
         assert expected.limit < 1.1e-3
+
+
+def test_tuning_combines_options():
+    names = [peer.name for peer in tune.candidates(["warpgroups", "persistent"])]
+    assert names[0] == "flexjax/mosaic_gpu"
+    assert "flexjax/mosaic_gpu warpgroups=3 persistent=False" in names
+    assert len(names) == len(set(names)) == 1 + 3 * 2
+    assert set(tune.OPTIONS) <= set(mosaic_gpu.OPTIONS)
