@@ -92,11 +92,15 @@ def lists_from_states(
     *lead, cols = states.shape
     widths = (cols, cols) if widths is None else widths
     flat = states.reshape(-1, cols)
-    *arrays, overflow = (
-        _lists_on_host(flat, widths) if isinstance(states, np.ndarray) else _lists(flat, widths)
+    made = _lists_on_host(flat, widths) if isinstance(states, np.ndarray) else _lists(flat, widths)
+    counts, indices, full_counts, full_indices, overflow = made
+    return Lists(
+        counts.reshape(lead),
+        indices.reshape(*lead, widths[0]),
+        full_counts.reshape(lead),
+        full_indices.reshape(*lead, widths[1]),
+        overflow,
     )
-    shapes = [shape for width in widths for shape in (lead, [*lead, width])]
-    return Lists(*(a.reshape(s) for a, s in zip(arrays, shapes, strict=True)), overflow)
 
 
 def most_blocks(states: Int8[Any, "*rows cols"]) -> tuple[int, int]:
@@ -126,49 +130,54 @@ def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
         # The last group begins earlier and lists some rows again, rather than being padded.
         start = jnp.minimum(i * group, rows - group)
         part = jax.lax.dynamic_slice_in_dim(states, start, group)
-        found = [
-            x
-            for state, width in zip((PARTIAL, FULL), widths, strict=True)
-            for x in _compacted(part == state, width)
-        ]
         return [
             jax.lax.dynamic_update_slice_in_dim(old, new, start, 0)
-            for old, new in zip(lists, found, strict=True)
+            for old, new in zip(lists, _compacted(part, widths), strict=True)
         ]
 
     lists = [jnp.zeros(s, jnp.int32) for w in widths for s in ((rows,), (rows, w))]
     lists = [_compat.like_varying(x, states) for x in lists]
-    lists = (
-        step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
-    )
+    lists = step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
     partial, indices, full, full_indices = lists
     overflow = (partial > widths[0]).any() | (full > widths[1]).any()
     partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])
     return partial, indices, full, full_indices, overflow
 
 
-def _compacted(listed: Any, width: int) -> tuple[Any, Any]:
-    """(count, the first `width` columns) of the listed blocks of every row.
+def _compacted(states: Any, widths: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """(count, indices) of the partial and of the full blocks of every row.
 
-    A block's place is the number of listed blocks before it: those of the words of 32 blocks before its own,
-    summed up a row, and the set bits below its own in its word. Nothing is sorted.
+    A block's place in its list is the number of blocks of its state before it: those in the words of 32 blocks
+    before its own, summed up a row, and the set bits below its own in its word. Nothing is sorted, and one
+    scatter writes both lists, for no block is in both.
     """
-    rows, cols = listed.shape
+    rows, cols = states.shape
     words = cdiv(cols, 32)
-    bits = jnp.pad(listed, ((0, 0), (0, words * 32 - cols))).reshape(rows, words, 32)
-    place = jnp.arange(32, dtype=jnp.uint32)
-    word = (bits.astype(jnp.uint32) << place).sum(-1, dtype=jnp.uint32)
-    ends = jnp.cumsum(_bit_count(word), -1, dtype=jnp.int32)
-    before = ends - _bit_count(word)
-    rank = before[..., None] + _bit_count(word[..., None] & ((np.uint32(1) << place) - 1))
+    states = jnp.pad(states, ((0, 0), (0, words * 32 - cols))).reshape(rows, words, 32)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
-    target = jnp.where(bits & (rank < width), row * width + rank, rows * width)
+    target = jnp.broadcast_to(jnp.int32(rows * sum(widths)), states.shape)  # outside: not listed
+    counts = []
+    for state, width, offset in zip((PARTIAL, FULL), widths, (0, rows * widths[0]), strict=True):
+        listed = states == state
+        count, rank = _ranks(listed)
+        target = jnp.where(listed & (rank < width), offset + row * width + rank, target)
+        counts.append(count)
     column = jnp.arange(words * 32, dtype=jnp.int32).reshape(1, words, 32)
-    indices = jnp.full(rows * width, cols - 1, jnp.int32)
-    indices = indices.at[target.reshape(-1)].set(
+    lists = jnp.full(rows * sum(widths), cols - 1, jnp.int32)
+    lists = lists.at[target.reshape(-1)].set(
         jnp.broadcast_to(column, target.shape).reshape(-1), mode="drop", unique_indices=True
     )
-    return ends[:, -1], indices.reshape(rows, width)
+    partial, full = jnp.split(lists, [rows * widths[0]])
+    return counts[0], partial.reshape(rows, -1), counts[1], full.reshape(rows, -1)
+
+
+def _ranks(listed: Any) -> tuple[Any, Any]:
+    """(listed blocks in every row, listed blocks before each block of its row), of [rows, words, 32]."""
+    place = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
+    word = (listed.astype(jnp.uint32) << place).sum(-1, dtype=jnp.uint32)
+    ends = jnp.cumsum(_bit_count(word), -1, dtype=jnp.int32)
+    before = (ends - _bit_count(word))[..., None]
+    return ends[:, -1], before + _bit_count(word[..., None] & ((np.uint32(1) << place) - 1))
 
 
 def _bit_count(words: Any) -> Any:

@@ -70,6 +70,8 @@ def _block_states(
             found = _proven(graph, captures, grid, batch, heads, evaluate)
         else:
             found = jnp.full(grid.shape, OPEN, jnp.int8)
+        # Written down once: XLA would compute them anew in each of their uses.
+        found = jax.lax.optimization_barrier(found)
         return _by_element(graph, captures, geometry, b.reshape(-1), h.reshape(-1), found)
 
     b = jnp.arange(batch, dtype=jnp.int32)
