@@ -137,7 +137,9 @@ def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
 
     lists = [jnp.zeros(s, jnp.int32) for w in widths for s in ((rows,), (rows, w))]
     lists = [_compat.like_varying(x, states) for x in lists]
-    lists = step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
+    lists = (
+        step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
+    )
     partial, indices, full, full_indices = lists
     overflow = (partial > widths[0]).any() | (full > widths[1]).any()
     partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])

@@ -30,8 +30,7 @@ import numpy as np
 from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry, cdiv
 from flexjax.mods.evaluate import evaluate, evaluate_numpy
 from flexjax.mods.graph import Graph
-from flexjax.mods.regions import Bounds, Exact, bounds
-from flexjax.mods.trace import index_ranges
+from flexjax.mods.regions import Bounds, Exact, Regions, bounds
 
 # Positions that are evaluated at once, and fewer of a mod that the IR does not see into: it may hold arrays
 # of its own at every position.
@@ -67,7 +66,7 @@ def _block_states(
     def states(b: Any, h: Any) -> jax.Array:
         grid = _Grid(geometry, b, h, jnp.arange(geometry.rows, dtype=jnp.int32), jnp)
         if graph.opaque is None:
-            found = _proven(graph, captures, grid, batch, heads, evaluate)
+            found = _proven(graph, captures, grid, evaluate)
         else:
             found = jnp.full(grid.shape, OPEN, jnp.int8)
         # Written down once: XLA would compute them anew in each of their uses.
@@ -103,7 +102,7 @@ def block_states_on_host(graph: Graph, geometry: Geometry, batch: int, heads: in
         if graph.opaque is not None:
             raise NotImplementedError("NumPy does not run a mask that the IR cannot express.")
         with np.errstate(all="ignore"):
-            found = _proven(graph, (), grid, batch, heads, evaluate_numpy)
+            found = _proven(graph, (), grid, evaluate_numpy)
         _by_element_on_host(graph, geometry, first, found)
         states[:, :, first : first + step] = found
     return states
@@ -138,8 +137,6 @@ def _proven(
     graph: Graph,
     captures: Sequence[Any],
     grid: _Grid,
-    batch: int,
-    heads: int,
     run: Any,
 ) -> Any:
     """The states of all blocks of a grid; OPEN where neither bounds nor corners tell."""
@@ -154,8 +151,7 @@ def _proven(
         "q": (geometry.q_len, geometry.q_block, 2),
         "kv": (geometry.kv_len, geometry.kv_block, 3),
     }
-    ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
-    true, possible = bounds(graph, captures, inputs, ranges, blocks, xp)
+    true, possible = bounds(graph, captures, Regions(inputs, blocks), xp)
     some, missing = true, ~possible
     for q in (grid.first_q, grid.last_q):
         for kv in (grid.first_kv, grid.last_kv):

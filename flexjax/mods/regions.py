@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from flexjax.mods import intervals
 from flexjax.mods.evaluate import apply, apply_numpy
 from flexjax.mods.graph import Graph, Node
 from flexjax.mods.ops import COMPARISONS, is_bool, is_float, is_integer
@@ -47,74 +46,57 @@ class Bounds:
 Value = Exact | Bounds | None  # None: a dtype that is not tracked
 
 
-def bounds(
-    graph: Graph,
-    captures: Sequence[Any],
-    inputs: Mapping[str, Value],
-    ranges: Mapping[str, intervals.Interval | None],
-    blocks: Mapping[str, tuple[int, int, int]],
-    xp: Any,
-) -> tuple[Any, Any]:
-    """(is certainly true, is possibly true) of a mask over every region, broadcastable to their grid.
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Regions of an (L, S) matrix of positions, as a grid.
+
+    Attributes:
+        inputs: for b and h exact indices, for q and kv the bounds of every region; arrays of one rank that
+            broadcast to the grid.
+        blocks: for q and kv, (tokens, tokens in a block, axis of the grid): how the regions divide the sequence.
+            All blocks of the sequence are there, in order.
+    """
+
+    inputs: Mapping[str, Value]
+    blocks: Mapping[str, tuple[int, int, int]]
+
+
+def bounds(graph: Graph, captures: Sequence[Any], regions: Regions, xp: Any) -> tuple[Any, Any]:
+    """(is certainly true, is possibly true) of a mask in every region, broadcastable to their grid.
 
     Args:
         graph: a mask without opaque nodes.
         captures: values of `graph.captures`.
-        inputs: for b and h exact indices, for q and kv the bounds of every region; all of one rank.
-        ranges: what is known of the inputs in all regions together, in Python integers.
-        blocks: for q and kv, (tokens, tokens in a block, axis of the grid): how their regions divide the
-            sequence.
+        regions: where.
         xp: `numpy` or `jax.numpy`.
+
+    Raises:
+        NotImplementedError: under NumPy, an operation on exact values that NumPy does not have.
     """
-    values: list[Value] = []
-    known: list[intervals.Interval | None] = []
-    for node in graph.nodes:
-        known.append(_static(node, [known[a] for a in node.args], graph, ranges))
-        operands = [values[a] for a in node.args]
-        names = [graph.nodes[a]["name"] if graph.nodes[a].op == "input" else "" for a in node.args]
-        if node.op == "input":
-            value = inputs[node["name"]]
-        elif node.op == "const":
-            value = Exact(xp.asarray(node["value"].value, node.dtype))
-        elif node.op == "load":
-            value = _load(captures[node["capture"]], operands, names, blocks, xp)
-        elif all(isinstance(x, Exact) for x in operands):
-            value = Exact(_exactly(node, [x.value for x in operands], xp))  # pyrefly: ignore
-        else:
-            value = _apply(node, operands, known[-1] is not None, xp)
-        values.append(value)
-    result = _as_bounds(values[graph.outputs[0]], np.dtype(bool), xp)
+    value = node_bounds(graph, captures, regions, xp)[graph.outputs[0]]
+    result = _as_bounds(value, xp) or _unknown(np.bool_, xp)
     return result.low, result.high
 
 
-def _static(
-    node: Node,
-    operands: list[intervals.Interval | None],
-    graph: Graph,
-    ranges: Mapping[str, intervals.Interval | None],
-) -> intervals.Interval | None:
-    """The range of an integer over all regions, known without looking at arrays; None if it may wrap."""
-    if node.op == "input":
-        return ranges.get(node["name"])
-    if is_bool(node.dtype):
-        return (0, 1)
-    if not is_integer(node.dtype):
-        return None
-    if node.op == "const":
-        return (int(node["value"].value),) * 2
-    if node.op == "load":
-        return None
-    found = intervals.result_interval(node.op, operands)
-    limits = np.iinfo(node.dtype)
-    if found is None or found[0] < limits.min or found[1] > limits.max:
-        return None
-    return found
-
-
-def _exactly(node: Node, operands: list[Any], xp: Any) -> Any:
-    if xp is np:
-        return apply_numpy(node, operands)
-    return apply(node, operands)
+def node_bounds(graph: Graph, captures: Sequence[Any], regions: Regions, xp: Any) -> list[Value]:
+    """What is known of every node in every region."""
+    values: list[Value] = []
+    for node in graph.nodes:
+        operands = [values[a] for a in node.args]
+        exact = [x.value for x in operands if isinstance(x, Exact)]
+        if node.op == "input":
+            value = regions.inputs[node["name"]]
+        elif node.op == "const":
+            value = Exact(xp.asarray(node["value"].value, node.dtype))
+        elif node.op == "load":
+            names = [dict(graph.nodes[a].params).get("name", "") for a in node.args]
+            value = _load(captures[node["capture"]], operands, names, regions.blocks, xp)
+        elif len(exact) == len(operands):
+            value = Exact(apply_numpy(node, exact) if xp is np else apply(node, exact))
+        else:
+            value = _apply(node, operands, xp)
+        values.append(value)
+    return values
 
 
 def _load(
@@ -134,7 +116,7 @@ def _load(
         return None
     found = []
     for index, name in zip(indices, names, strict=True):
-        pair = _as_bounds(index, np.dtype("int32"), xp)
+        pair = _as_bounds(index, xp) or _unknown(np.int32, xp)
         found.append(Index(pair.low, pair.high, isinstance(index, Exact), blocks.get(name)))
     low, high = bounded_load(array.astype(_tracked(array.dtype)), found, xp)
     return Bounds(low, high)
@@ -163,11 +145,10 @@ def _unknown(dtype: Any, xp: Any) -> Bounds | None:
     return Bounds(nan, nan)
 
 
-def _as_bounds(value: Value, dtype: np.dtype, xp: Any) -> Any:
-    if isinstance(value, Bounds):
+def _as_bounds(value: Value, xp: Any) -> Any:
+    """Bounds of a value; None if it is of a dtype that is not tracked."""
+    if not isinstance(value, Exact):
         return value
-    if value is None:
-        return _unknown(dtype, xp)
     tracked = _tracked(value.value.dtype)
     if tracked is None:
         return None
@@ -175,8 +156,8 @@ def _as_bounds(value: Value, dtype: np.dtype, xp: Any) -> Any:
     return Bounds(exact, exact)
 
 
-def _apply(node: Node, operands: list[Value], cannot_wrap: bool, xp: Any) -> Value:
-    pairs = [_as_bounds(x, np.dtype(np.int32), xp) for x in operands]
+def _apply(node: Node, operands: list[Value], xp: Any) -> Value:
+    pairs = [_as_bounds(x, xp) for x in operands]
     unknown = _unknown(node.dtype, xp)
     if unknown is None or any(x is None for x in pairs):
         return unknown
@@ -205,8 +186,6 @@ def _apply(node: Node, operands: list[Value], cannot_wrap: bool, xp: Any) -> Val
     if node.op == "mul" and same:
         rule, pairs = _square, pairs[:1]
     low, high, wraps = rule(xp, *pairs)
-    if cannot_wrap and node.op in _ONLY_WRAPPING:
-        return Bounds(low, high)
     wraps = wraps | (low < unknown.low) | (high > unknown.high)
     return Bounds(xp.where(wraps, unknown.low, low), xp.where(wraps, unknown.high, high))
 
@@ -492,6 +471,3 @@ _INTEGER: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
     "not": lambda xp, x: (~x.high, ~x.low, False),
     "shift_right_arithmetic": _shift_right,
 }
-
-# Rules whose last result says nothing but that the operation wraps around.
-_ONLY_WRAPPING = frozenset({"add", "sub", "mul", "neg", "abs", "square"})
