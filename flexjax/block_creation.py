@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool
 
 from flexjax import _compat
 from flexjax.block_arguments import block_pair, lengths, positive
-from flexjax.block_lists import Geometry, lists_from_states, most_blocks
+from flexjax.block_lists import EMPTY, Geometry, lists_from_states, most_blocks
 from flexjax.block_mask import BlockMask, MaskMod, assemble
+from flexjax.block_selection import check_scores, selected_blocks
 from flexjax.block_states import block_states, block_states_on_host
+from flexjax.masks.combine import noop_mask
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
 from flexjax.mods.trace import index_ranges, trace_mask_mod, trace_score_mod
@@ -75,7 +77,15 @@ def create_block_mask(
     graph, captures = trace_mask_mod(mask_mod, ranges)
     states = _states(graph, captures, geometry, batch, heads)
     return _from_states(
-        states, (batch, heads), geometry, graph, captures, limits, compact, compute_q_blocks
+        states,
+        geometry,
+        graph,
+        captures,
+        limits or (None, None),
+        compute_q_blocks,
+        compact=compact,
+        flagged=limits is not None,
+        shape=(batch, heads),
     )
 
 
@@ -108,36 +118,94 @@ def _limits(max_blocks: Any, compact: bool) -> tuple[int, int] | None:
     return positive(pair[0], "max_blocks"), positive(pair[1], "max_blocks")
 
 
+def choose_blocks(
+    scores: Any,
+    top_k: int | None,
+    threshold: Any,
+    mask_mod: MaskMod | None,
+    always: MaskMod | None,
+    seq_lengths: tuple[int, int] | None,
+    block_size: tuple[int, int],
+    compute_q_blocks: bool,
+    max_blocks: Any,
+) -> BlockMask:
+    """See `BlockMask.from_block_scores`."""
+    if seq_lengths is None and scores.ndim == 4:
+        seq_lengths = (scores.shape[2] * block_size[0], scores.shape[3] * block_size[1])
+    geometry = Geometry(*lengths(*(seq_lengths or (1, 1))), *block_size)
+    top_k = None if top_k is None else positive(top_k, "top_k")
+    check_scores(scores, geometry, top_k, threshold)
+    batch, heads = scores.shape[:2]
+    ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
+    graph, captures = trace_mask_mod(mask_mod or noop_mask, ranges)
+    states = jnp.asarray(_states(graph, captures, geometry, batch, heads))
+    eligible = states != EMPTY
+    kept = jnp.asarray(False)
+    if always is not None:
+        found = _states(*trace_mask_mod(always, ranges), geometry, batch, heads)
+        kept = jnp.asarray(found) != EMPTY
+    if threshold is not None:
+        threshold = jnp.asarray(threshold)
+        threshold = threshold.reshape((1,) * (4 - threshold.ndim) + threshold.shape)
+    selected = selected_blocks(scores, eligible & ~kept, top_k, threshold) | kept
+    chosen = jnp.where(selected, states, EMPTY)
+    rows, columns = _limits(max_blocks, False) or (None, None)
+    width = rows
+    if top_k is not None and always is None:
+        width = top_k if rows is None else min(rows, top_k)
+    return _from_states(
+        chosen,
+        geometry,
+        graph,
+        captures,
+        (width, columns),
+        compute_q_blocks,
+        flagged=max_blocks is not None,
+    )
+
+
 def _from_states(
     states: Any,
-    batch_and_heads: tuple[int, int],
     geometry: Geometry,
-    graph: Graph | None,
+    graph: Graph,
     captures: Sequence[Any],
-    limits: tuple[int, int] | None,
-    compact: bool,
+    limits: tuple[int | None, int | None],
     compute_q_blocks: bool,
+    *,
+    compact: bool = False,
+    flagged: bool = False,
+    shape: tuple[int, int] | None = None,
 ) -> BlockMask:
+    """The mask of given block states.
+
+    Args:
+        states: int8 [B or 1, H or 1, R, C].
+        geometry: the tiling.
+        graph: the mask inside partial blocks.
+        captures: what it reads.
+        limits: widths of the lists of rows and of columns; None for all blocks.
+        compute_q_blocks: whether to make the lists of columns.
+        compact: fit the widths to the states instead.
+        flagged: whether the mask says if a limit was exceeded.
+        shape: the mask's B and H, if they are more than the states distinguish.
+    """
     xp = np if isinstance(states, np.ndarray) else jnp
 
     def lists_of(states: Any, limit: int | None) -> tuple[list[Any], Any]:
         cols = states.shape[-1]
-        widths = None if limit is None else (min(limit, cols),) * 2
-        if compact:
-            widths = _fitting(states)
-        lists = lists_from_states(states, widths)
+        widths = (cols if limit is None else min(limit, cols),) * 2
+        lists = lists_from_states(states, _fitting(states) if compact else widths)
         # Batch rows and heads that the mask does not distinguish share the work, not the arrays.
-        wide = [xp.broadcast_to(x, (*batch_and_heads, *x.shape[2:])) for x in lists.arrays]
+        lead = states.shape[:2] if shape is None else shape
+        wide = [xp.broadcast_to(x, (*lead, *x.shape[2:])) for x in lists.arrays]
         return wide, lists.overflow
 
-    rows, overflow = lists_of(states, limits[0] if limits else None)
+    rows, overflow = lists_of(states, limits[0])
     columns = None
     if compute_q_blocks:
-        columns, more = lists_of(states.swapaxes(-1, -2), limits[1] if limits else None)
+        columns, more = lists_of(states.swapaxes(-1, -2), limits[1])
         overflow = overflow | more
-    return assemble(
-        rows, columns, geometry, graph, captures, overflow if limits is not None else None
-    )
+    return assemble(rows, columns, geometry, graph, captures, overflow if flagged else None)
 
 
 def _fitting(states: Any) -> Widths:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from flexjax import _compat
 from flexjax.block_arguments import block_pair, checked_lists, lengths, list_pair
@@ -48,8 +48,8 @@ class BlockMask:
 
     A pytree: the lists, the arrays that mask_mod captured and the query offset are leaves; lengths, block
     sizes and the mask's graph are static. A mask rebuilt with new document ids therefore passes through
-    `jax.jit` without retracing. Make one with `create_block_mask`, `BlockMask.from_kv_blocks` or
-    `BlockMask.from_dense`.
+    `jax.jit` without retracing. Make one with `create_block_mask`, `BlockMask.from_kv_blocks`,
+    `BlockMask.from_dense` or `BlockMask.from_block_scores`.
 
     With R = ceil(L / q_block) rows and C = ceil(S / kv_block) columns of blocks, and B and H either 1
     (broadcast) or the numbers of batch rows and query heads:
@@ -346,6 +346,62 @@ class BlockMask:
 
         return create_block_mask(
             dense, batch, heads, q_len, kv_len, block_size, compute_q_blocks=compute_q_blocks
+        )
+
+    @classmethod
+    def from_block_scores(
+        cls,
+        scores: Float[Array, "B H R C"],
+        *,
+        top_k: int | None = None,
+        threshold: float | Float[Array, "..."] | None = None,
+        mask_mod: MaskMod | None = None,
+        always: MaskMod | None = None,
+        seq_lengths: tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] = 128,
+        compute_q_blocks: bool = True,
+        max_blocks: int | tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """A BlockMask of the blocks with the highest scores: attention whose sparsity follows the data.
+
+        Usable inside `jax.jit` with traced scores, as in a model that scores blocks of keys by pooled queries
+        and keys and attends to the best of them. The choice itself has no gradient; attention to what was
+        chosen is differentiated as always. To train whatever makes the scores, let them enter the output in
+        another way too, for example as a bias that score_mod reads.
+
+        Args:
+            scores: a float for every block, [B, H, rows of blocks, columns of blocks]; B and H may be 1. A
+                block of score -inf or NaN is never chosen by score.
+            top_k: how many blocks are chosen in each row, in addition to those that `always` names.
+            threshold: the lowest score that is chosen, a number or an array that broadcasts to the scores.
+                With top_k, blocks must pass both.
+            mask_mod: the mask inside chosen blocks, for example `masks.causal()`: blocks in which it allows
+                nothing are no candidates. None allows every position.
+            always: a mask_mod; blocks in which it allows anything are visited whatever their score (inside
+                them mask_mod alone decides), for example `masks.sliding_window(128)`, so that no query is left
+                without keys.
+            seq_lengths: (L, S) in tokens; by default all of the scored blocks.
+            block_size: block length in tokens, or (q_block, kv_block).
+            compute_q_blocks: False makes an inference-only mask.
+            max_blocks: see `create_block_mask`. With top_k and without `always` the lists of rows need no more
+                than top_k entries, and have no more.
+
+        Raises:
+            TypeError: the scores are not floats.
+            ValueError: shapes do not fit together, or neither top_k nor threshold is given.
+        """
+        from flexjax.block_creation import choose_blocks
+
+        return choose_blocks(
+            jnp.asarray(scores),
+            top_k,
+            threshold,
+            mask_mod,
+            always,
+            seq_lengths,
+            block_pair(block_size, None),
+            compute_q_blocks,
+            max_blocks,
         )
 
 

@@ -132,7 +132,8 @@ def _tracked(dtype: Any) -> np.dtype | None:
     return np.dtype("float32") if is_float(dtype) and dtype.itemsize in (2, 4) else None
 
 
-def _unknown(dtype: Any, xp: Any) -> Bounds | None:
+def _unknown(dtype: Any, xp: Any) -> Any:
+    """Bounds that claim nothing; None for a dtype that is not tracked."""
     dtype, tracked = np.dtype(dtype), _tracked(dtype)
     if tracked is None:
         return None
