@@ -37,6 +37,9 @@ from flexjax.mods.regions import Bounds, Exact, Regions, bounds
 _CHUNK_POSITIONS = 1 << 22
 _OPAQUE_POSITIONS = 1 << 18
 
+# Blocks are numbered in int32: more of them are taken one head at a time.
+_NUMBERED_BLOCKS = 1 << 30
+
 # Open blocks are found by counting them in segments of this many.
 _SEGMENT = 64
 
@@ -75,9 +78,8 @@ def _block_states(
 
     b = jnp.arange(batch, dtype=jnp.int32)
     h = jnp.arange(heads, dtype=jnp.int32)
-    if batch * heads * geometry.rows * geometry.cols < 1 << 30:
+    if batch * heads * geometry.rows * geometry.cols <= _NUMBERED_BLOCKS:
         return states(b[:, None, None, None], h[None, :, None, None])
-    # Blocks are numbered in int32 below: more of them are taken a head at a time.
     one = jax.lax.map(
         lambda i: states(*(x.reshape(1, 1, 1, 1) for x in (i // heads, i % heads))),
         jnp.arange(batch * heads, dtype=jnp.int32),
