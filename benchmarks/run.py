@@ -3,6 +3,7 @@
     python benchmarks/run.py forward                      # everything that runs here
     python benchmarks/run.py forward --quick              # seconds, on a CPU too
     python benchmarks/run.py forward --shapes D128 --variants causal,soft_cap --peers flexjax,torch_flex
+    python benchmarks/run.py mask                         # building block masks
     python benchmarks/run.py plot                         # from the committed rows
 
 benchmarks/README.md says what is measured and how.
@@ -22,6 +23,7 @@ ROOT = str(Path(FOLDER).parent)
 # Module and one line of help of each subcommand; a module has add_arguments(parser) and run(arguments).
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
+    "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

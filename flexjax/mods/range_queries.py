@@ -101,9 +101,10 @@ def _by_chunks(array: Any, axis: int, chunk: int, xp: Any, which: str) -> Any:
         return array
     length = array.shape[axis]
     count = -(-length // chunk)
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, count * chunk - length)
-    array = xp.pad(array, padding, mode="edge")
+    if count * chunk != length:
+        padding = [(0, 0)] * array.ndim
+        padding[axis] = (0, count * chunk - length)
+        array = xp.pad(array, padding, mode="edge")
     split = array.reshape(*array.shape[:axis], count, chunk, *array.shape[axis + 1 :])
     return getattr(xp, which)(split, axis=axis + 1)
 
