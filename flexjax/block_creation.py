@@ -20,9 +20,10 @@ from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
 from flexjax.mods.trace import index_ranges, trace_mask_mod, trace_score_mod
 
-# Lists of a mask without captures are computed on the host up to this size: in a traced program they become
-# constants, outside one they need no compilation. Larger ones are computed by a program.
+# The blocks of a mask without captures are found by the host up to these sizes of its lists. In a traced program
+# they become constants; outside one they need no compilation, which larger ones are worth.
 _HOST_BYTES = 16 << 20
+_HOST_BYTES_EAGER = 1 << 20
 
 Widths = tuple[int, int]
 
@@ -93,7 +94,9 @@ def _states(
     graph: Graph, captures: Sequence[Any], geometry: Geometry, batch: int, heads: int
 ) -> Any:
     """States of all blocks, [B or 1, H or 1, R, C]; a NumPy array where the host computed them."""
-    if not captures and 16 * batch * heads * geometry.rows * geometry.cols <= _HOST_BYTES:
+    size = 16 * batch * heads * geometry.rows * geometry.cols
+    limit = _HOST_BYTES if _compat.is_tracing() else min(_HOST_BYTES, _HOST_BYTES_EAGER)
+    if not captures and size <= limit:
         try:
             return block_states_on_host(graph, geometry, batch, heads)
         except NotImplementedError:  # an operation that NumPy lacks

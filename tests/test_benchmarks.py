@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, plots, records, reference, run, settings, table, targets
+from benchmarks import mask, peers, plots, records, reference, run, settings, table, targets
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
 from benchmarks.timing import Plan, interleaved
@@ -499,3 +499,31 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
     assert run.main(["plot", str(path), "--out", str(tmp_path / "pictures")]) == 0
     pictures = {file.name for file in Path(tmp_path, "pictures").iterdir()}
     assert pictures == {"forward-tflops.png", "forward-ratios.png"}
+
+
+# -- block masks ------------------------------------------------------------------------------------
+
+
+def test_mask_suite(tmp_path, capsys):
+    options = ["--quick", "--lengths", "200", "--block-sizes", "16,32", "--out", str(tmp_path)]
+    assert run.main(["mask", *options]) == 0
+    (file,) = tmp_path.iterdir()
+    rows = records.read([file])
+    assert len(rows) == 2 * (3 + 2)  # the host builds no mask that captures ids
+    assert {row["suite"] for row in rows} == {"mask"}
+    assert {row["peer"] for row in rows} == {"flexjax", "flexjax/host"}
+    for row in rows:
+        assert row["ms"] > 0
+        assert "failure" not in row
+        assert row["peer"] == "flexjax/host" or row["peak_mb"] >= row["result_mb"] > 0
+    assert "flexjax/host" in capsys.readouterr().out
+
+
+def test_mask_suite_gives_no_time_to_a_wrong_mask(monkeypatch, tmp_path):
+    monkeypatch.setattr(mask, "visited", lambda case: np.zeros(case.blocks, int))
+    options = ["--quick", "--lengths", "64", "--variants", "causal", "--out", str(tmp_path)]
+    assert run.main(["mask", *options]) == 1
+    (file,) = tmp_path.iterdir()
+    for row in records.read([file]):
+        assert "ms" not in row
+        assert "wrong result" in row["failure"]
