@@ -259,6 +259,11 @@ def test_random_masks(problem):
     mask = create_block_mask(compiled(tree, jnp), *shape, block_size)
     check(mask, dense)
     np.testing.assert_array_equal(effective(mask), dense)
+    if not mask.mask_captures and mask.mask_graph is not None:  # the host made it: by a program too
+        states = block_states(mask.mask_graph, (), mask.geometry, *shape[:2])
+        np.testing.assert_array_equal(
+            np.broadcast_to(states, mask.to_dense().shape), mask.block_states()
+        )
 
 
 @settings(max_examples=100)
