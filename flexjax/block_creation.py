@@ -14,7 +14,7 @@ from flexjax.block_arguments import block_pair, lengths, positive
 from flexjax.block_lists import EMPTY, Geometry, lists_from_states, most_blocks
 from flexjax.block_mask import BlockMask, MaskMod, assemble
 from flexjax.block_selection import check_scores, selected_blocks
-from flexjax.block_states import block_states, block_states_on_host
+from flexjax.block_states import block_states, block_states_on_host, replicated
 from flexjax.masks.combine import noop_mask
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
@@ -138,6 +138,7 @@ def choose_blocks(
     geometry = Geometry(*lengths(*(seq_lengths or (1, 1))), *block_size)
     top_k = None if top_k is None else positive(top_k, "top_k")
     check_scores(scores, geometry, top_k, threshold)
+    scores = replicated(scores)
     batch, heads = scores.shape[:2]
     ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
     graph, captures = trace_mask_mod(mask_mod or noop_mask, ranges)

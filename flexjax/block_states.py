@@ -56,12 +56,12 @@ def block_states(
     An axis has length 1 where the mask does not depend on its index.
     """
     n_batch, n_heads = _distinct(graph, batch, heads)
-    captures = tuple(map(_replicated, captures))
+    captures = tuple(map(replicated, captures))
     return _block_states(graph, captures, geometry, n_batch, n_heads)
 
 
-def _replicated(x: Any) -> Any:
-    """A captured array on every device of a mesh with explicit axes, as attention itself reads it."""
+def replicated(x: Any) -> Any:
+    """An array on every device of a mesh with explicit axes, as attention itself reads what mods capture."""
     sharding = jax.typeof(x).sharding
     sharded = not sharding.mesh.empty and any(axes is not None for axes in sharding.spec)
     return jax.reshard(x, PartitionSpec()) if sharded else x

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flexjax import BlockMask, flex_attention, masks
 
@@ -153,6 +155,27 @@ def test_choice_under_vmap():
     for lane in range(2):
         expected = sparse_attention(*many, stacked[lane])
         np.testing.assert_allclose(out[lane], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_choice_on_a_mesh(kind):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(getattr(AxisType, kind),))
+    scores = scores_of(7)
+
+    def dense(scores):
+        mask = BlockMask.from_block_scores(
+            scores, top_k=2, mask_mod=masks.causal(), seq_lengths=(L, S), block_size=BLOCK
+        )
+        return mask.to_dense()
+
+    if kind == "Auto":
+        run = jax.shard_map(dense, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        actual = jax.jit(run)(scores)
+    else:
+        with jax.set_mesh(mesh):
+            sharded = jax.device_put(scores, NamedSharding(mesh, P("x")))
+            actual = jax.jit(dense)(sharded)
+    np.testing.assert_array_equal(actual, dense(scores))
 
 
 def test_threshold_of_every_row_and_lengths_by_default():

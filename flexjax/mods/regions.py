@@ -8,8 +8,9 @@ A value is exact (`Exact`, where it depends on neither q nor kv) or lies between
 of up to 32 bits between int32 bounds, float32, bfloat16 and float16 between float32 bounds, booleans between
 booleans, so that (False, True) is "undecided". Each rule is sound: the bounds contain every value that operands
 within their bounds can yield. Where nothing is known the bounds say so: the ends of the dtype for integers, and
-NaN for floats, with which no comparison is ever decided. Integers that may wrap around are unknown; floats
-whose last bits depend on how XLA contracts and reassociates constants are widened by two units in the last place.
+NaN for floats, with which no comparison is ever decided. Integers that may wrap around are unknown. Sums,
+products and quotients of floats are widened by two units in the last place, since XLA may contract them
+differently in every program; of functions such as exp nothing is known.
 """
 
 from __future__ import annotations
@@ -92,11 +93,22 @@ def node_bounds(graph: Graph, captures: Sequence[Any], regions: Regions, xp: Any
             names = [dict(graph.nodes[a].params).get("name", "") for a in node.args]
             value = _load(captures[node["capture"]], operands, names, regions.blocks, xp)
         elif len(exact) == len(operands):
-            value = Exact(apply_numpy(node, exact) if xp is np else apply(node, exact))
+            value = _exact(node, apply_numpy(node, exact) if xp is np else apply(node, exact), xp)
         else:
             value = _apply(node, operands, xp)
         values.append(value)
     return values
+
+
+def _exact(node: Node, result: Any, xp: Any) -> Value:
+    """An operation on exact values; its result may differ from a fused program's in the last bits of a float."""
+    if not is_float(node.dtype) or node.op in _UNROUNDED:
+        return Exact(result)
+    if node.op == "convert" and np.dtype(node.dtype) == np.float32:
+        return Exact(result)
+    if node.op in _FLOAT and np.dtype(node.dtype) == np.float32:
+        return _widened(result, result, xp)
+    return _unknown(node.dtype, xp)
 
 
 def _load(
@@ -348,6 +360,24 @@ _FLOAT: dict[str, Callable[..., tuple[Any, Any]]] = {
     "abs": _float_abs,
     "square": _float_square,
 }
+
+
+# Operations on floats whose results are exact.
+_UNROUNDED = frozenset(
+    {
+        "neg",
+        "abs",
+        "max",
+        "min",
+        "clamp",
+        "floor",
+        "ceil",
+        "round",
+        "sign",
+        "select_n",
+        "stop_gradient",
+    }
+)
 
 
 # -- integers: (low, high, whether they may be wrong because of wrap-around) ------------------------
