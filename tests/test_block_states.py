@@ -47,7 +47,7 @@ MODS = {
     "hole inside blocks": lambda b, h, q, k: (q % 8 != 3) | (k % 8 != 3),
     "heads": lambda b, h, q, k: (q >= k) | (h == 1),
 }
-GEOMETRIES = [Geometry(50, 60, 8, 8), Geometry(37, 53, 5, 16), Geometry(50, 7, 64, 2)]
+GEOMETRIES = [Geometry(50, 60, 8, 8), Geometry(37, 53, 5, 16)]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

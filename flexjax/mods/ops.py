@@ -89,8 +89,10 @@ def _shift_numpy(op: str) -> Callable[..., Any]:
         dtype = np.asarray(x).dtype
         bits = 8 * dtype.itemsize
         inside = (by >= 0) & (by < bits)
-        if op == "arithmetic":
-            return np.right_shift(x, np.where(inside, by, bits - 1).astype(dtype))
+        if op == "arithmetic":  # of unsigned words too it repeats the highest bit
+            signed = np.asarray(x).view(f"i{dtype.itemsize}")
+            by = np.where(inside, by, bits - 1).astype(signed.dtype)
+            return np.right_shift(signed, by).view(dtype)
         unsigned = np.asarray(x).view(f"u{dtype.itemsize}")
         by = np.where(inside, by, 0).astype(unsigned.dtype)
         shifted = unsigned << by if op == "left" else unsigned >> by

@@ -194,7 +194,7 @@ def _apply(node: Node, operands: list[Value], xp: Any) -> Value:
         rule = _FLOAT.get(node.op) if np.dtype(node.dtype) == np.float32 else None
         return unknown if rule is None else _widened(*rule(xp, *pairs), xp=xp)
     rule = _INTEGER.get(node.op)
-    if rule is None:
+    if rule is None or (node.op == "shift_right_arithmetic" and node.dtype.kind == "u"):
         return unknown
     if node.op == "mul" and same:
         rule, pairs = _square, pairs[:1]

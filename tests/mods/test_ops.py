@@ -84,3 +84,14 @@ def test_kinds_of_types(dtype, kinds):
         n for n, f in (("integer", is_integer), ("bool", is_bool), ("float", is_float)) if f(dtype)
     ]
     assert found == ([kinds] if kinds != "none" else [])
+
+
+@pytest.mark.parametrize("name", sorted(SHIFTS))
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_shifts_of_other_words(name, dtype):
+    values = np.array([0, 1, 3, 100, 127, 128, 200, 255]).astype(dtype)
+    x, by = (g.reshape(-1) for g in np.meshgrid(values, np.arange(0, 40, 3).astype(dtype)))
+    expected = np.asarray(OPS[name].jax({}, jnp.asarray(x), jnp.asarray(by)))
+    actual = OPS[name].numpy({}, x, by)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
