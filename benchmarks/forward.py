@@ -6,12 +6,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from benchmarks import peers, session, table
+from benchmarks import peers, session
 from benchmarks import settings as command_line
 from benchmarks.inputs import Inputs
-from benchmarks.reference import gate, reference_heads
+from benchmarks.reference import reference_heads
 from benchmarks.settings import Settings
 from benchmarks.variants import VARIANTS, work
 
@@ -33,19 +31,11 @@ class Forward:
                 yield peers.Case(shape, VARIANTS[name], inputs, settings.options)
 
     def prepare(self, peer: peers.Peer, case: peers.Case) -> peers.Contender:
-        return peer.forward(case)
+        return peer.prepare(case)
 
     def checker(self, case: peers.Case) -> session.Check:
         references = reference_heads(case.variant, case.shape, case.inputs.sets[0])
-        pairs = [(reference.batch, reference.head) for reference in references]
-
-        def check(contender: peers.Contender, result: Any) -> tuple[float, str | None]:
-            error, accepted = gate(contender.heads(result, pairs), references)
-            limit = max(reference.limit for reference in references)
-            wrong = f"wrong result: relative error {error:.2e}, at most {limit:.2e} is accepted"
-            return error, None if accepted else wrong
-
-        return check
+        return session.gate_check(references)
 
     def figures(self, case: peers.Case, ms: float) -> dict[str, Any]:
         return {"tflops": round(work(case.variant, case.shape).forward_flops / ms / 1e9, 3)}
@@ -53,11 +43,4 @@ class Forward:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax was asked for and failed in any case or had none, else 0."""
-    settings = command_line.from_arguments(arguments)
-    on_gpu = jax.default_backend() == "gpu"
-    default = peers.DEFAULT_ON_GPU if on_gpu else peers.DEFAULT_ON_CPU
-    rows = session.run(Forward(), settings, default)
-    print(table.summary(rows))
-    asked = any(name.startswith("flexjax") for name in settings.peers or default)
-    mine = [row for row in rows if table.is_ours(row)]
-    return int(asked and (not mine or any("failure" in row for row in mine)))
+    return session.run_and_report(Forward(), command_line.from_arguments(arguments))

@@ -25,7 +25,7 @@ class Inputs:
     """
 
     def __init__(self, shape: Shape, dtype: str, seed: int = 0) -> None:
-        self.shape, self.dtype = shape, jnp.dtype(dtype)
+        self.shape, self.dtype, self._seed = shape, jnp.dtype(dtype), seed
         queries = shape.batch * shape.q_heads * shape.q_len * shape.dim
         keys = shape.batch * shape.kv_heads * shape.kv_len * shape.dim
         size = (queries + 2 * keys) * self.dtype.itemsize
@@ -44,10 +44,20 @@ class Inputs:
             jax.random.normal(v, kv_sizes, self.dtype),
         )
 
-    @property
-    def blhd(self) -> list[tuple[Any, Any, Any]]:
-        """The same values in layout BLHD."""
+    def in_layout(self, layout: str) -> list[tuple[Any, Any, Any]]:
+        """The same values in layout BHLD or BLHD."""
+        if layout == "BHLD":
+            return self.sets
         return self.converted("blhd", lambda x: jnp.swapaxes(x, 1, 2))
+
+    def cotangents(self, layout: str) -> list[Any]:
+        """A cotangent of the output for every set; the output has the query's shape."""
+        keys = jax.random.split(jax.random.key(self._seed + 1), len(self.sets))
+        drawn = [
+            jax.random.normal(k, s[0].shape, self.dtype)
+            for k, s in zip(keys, self.sets, strict=True)
+        ]
+        return drawn if layout == "BHLD" else [jnp.swapaxes(x, 1, 2) for x in drawn]
 
     def converted(self, name: str, convert: Callable[[Any], Any]) -> list[tuple[Any, Any, Any]]:
         """The sets with `convert` applied to each array, made at the first request under `name`."""

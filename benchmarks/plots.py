@@ -34,9 +34,12 @@ _COLOURS = {
 _OTHER = "#000000"
 
 
+SUITES = ("forward", "backward")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="*", type=Path, help="rows; benchmarks/results/*/forward-*.jsonl"
+        "files", nargs="*", type=Path, help="rows; benchmarks/results/*/{forward,backward}-*.jsonl"
     )
     parser.add_argument("--out", type=Path, help="folder for the pictures; that of the rows")
 
@@ -46,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    files = arguments.files or sorted(records.RESULTS.glob("*/forward-*.jsonl"))
+    found = (records.RESULTS.glob(f"*/{suite}-*.jsonl") for suite in SUITES)
+    files = arguments.files or sorted(file for files in found for file in files)
     by_device: dict[str, Rows] = {}
     for row in records.read(files):
         by_device.setdefault(row["device"], []).append(row)
@@ -59,20 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
-    """Writes the pictures of one device's forward rows; returns their files."""
-    rows = latest([row for row in rows if row["suite"] == "forward"])
+    """Writes the pictures of one device's rows, of each suite apart; returns their files."""
     pictures: dict[str, Callable[[Rows], Any]] = {
-        "forward-tflops": tflops_bars,
-        "forward-ratios": ratio_bars,
-        "forward-lengths": length_lines,
+        "tflops": tflops_bars,
+        "ratios": ratio_bars,
+        "lengths": length_lines,
     }
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, picture in pictures.items():
-        figure = picture(rows)
-        if figure is not None:
-            files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=110)
+    for suite in SUITES:
+        chosen = latest([row for row in rows if row["suite"] == suite])
+        for name, picture in pictures.items():
+            figure = picture(chosen)
+            if figure is not None:
+                files.append(folder / f"{suite}-{name}.png")
+                figure.savefig(files[-1], dpi=110)
     return files
 
 
@@ -89,7 +94,7 @@ def latest(rows: Rows) -> Rows:
 def tflops_bars(rows: Rows) -> Any:
     """TFLOP/s of every peer, variant by variant, one panel a shape; None without rows."""
     panels = [(shape, _values(shape_rows, _rate)) for shape, shape_rows in _by_shape(rows).items()]
-    return _panels(rows, panels, "TFLOP/s", "Forward pass, TFLOP/s (more is better)")
+    return _panels(rows, panels, "TFLOP/s", f"{_pass(rows)}, TFLOP/s (more is better)")
 
 
 def ratio_bars(rows: Rows) -> Any:
@@ -99,11 +104,15 @@ def ratio_bars(rows: Rows) -> Any:
         values = _values(shape_rows, _ratio)
         if values:
             panels.append((shape, values))
-    title = "Peer's time / flexjax's (more is better; black: must, dashed: goal)"
+    title = f"{_pass(rows)}: peer's time / flexjax's (more is better; black: must, dashed: goal)"
     figure = _panels(rows, panels, "ratio", title)
     for axes in figure.axes if figure is not None else ():
         axes.axhline(1.0, color="0.4", linewidth=0.8, zorder=0)
     return figure
+
+
+def _pass(rows: Rows) -> str:
+    return f"{rows[0]['suite'].capitalize()} pass" if rows else ""
 
 
 def length_lines(rows: Rows) -> Any:

@@ -23,6 +23,7 @@ ROOT = str(Path(FOLDER).parent)
 # Module and one line of help of each subcommand; a module has add_arguments(parser) and run(arguments).
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
+    "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+
+import jax
 
 from benchmarks import peers, records, table
 from benchmarks.progress import Progress
+from benchmarks.reference import HeadReference, gate
 from benchmarks.settings import Settings
 from benchmarks.timing import Timing, clock_reader, interleaved
 from benchmarks.variants import work
@@ -68,6 +71,30 @@ def run(suite: Suite, settings: Settings, default_peers: tuple[str, ...]) -> Row
     return rows
 
 
+def run_and_report(suite: Suite, settings: Settings) -> int:
+    """Runs a suite and prints its table; 1 if flexjax was asked for and failed in any case or had none."""
+    on_gpu = jax.default_backend() == "gpu"
+    default = peers.DEFAULT_ON_GPU if on_gpu else peers.DEFAULT_ON_CPU
+    rows = run(suite, settings, default)
+    print(table.summary(rows))
+    asked = any(name.startswith("flexjax") for name in settings.peers or default)
+    mine = [row for row in rows if table.is_ours(row)]
+    return int(asked and (not mine or any("failure" in row for row in mine)))
+
+
+def gate_check(references: Sequence[HeadReference]) -> Check:
+    """The check of a contender's result against references, several in a row for a head that has several."""
+    pairs = list(dict.fromkeys((r.batch, r.head) for r in references))
+
+    def check(contender: peers.Contender, result: Any) -> tuple[float, str | None]:
+        error, accepted = gate(contender.heads(result, pairs), references)
+        limit = max(reference.limit for reference in references)
+        wrong = f"wrong result: relative error {error:.2e}, at most {limit:.2e} is accepted"
+        return error, None if accepted else wrong
+
+    return check
+
+
 def measure(
     suite: Suite,
     case: peers.Case,
@@ -119,7 +146,7 @@ def _contender_keys(contender: peers.Contender) -> dict[str, Any]:
     keys = {
         "peer": contender.peer,
         "layout": contender.layout,
-        "compile_s": round(contender.compile_s, 3),
+        "compile_s": None if contender.compile_s is None else round(contender.compile_s, 3),
         "config": contender.config,
     }
     if contender.density is not None:

@@ -1,4 +1,4 @@
-"""The ratios to peers that the forward pass is built to reach: peer's time / flexjax's, in the same run."""
+"""The ratios to peers that flexjax is built to reach: peer's time / flexjax's, in the same run."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ FORWARD: dict[tuple[str, str, str], Target] = {
 }
 
 
+_BACKWARD_MASKS = ("noop", "causal", "alibi", "sliding_window", "prefix_lm", "rel_bias")
+BACKWARD: dict[tuple[str, str, str], Target] = {
+    **{("D128", "torch_flex", v): Target(1.35, 1.6) for v in _BACKWARD_MASKS},
+    ("D128", "torch_flex", "document"): Target(1.2, 1.5),
+    ("D128", "torch_flex", "soft_cap"): Target(2.3, 2.7),
+    **{("D128", "fa3", v): Target(0.95, 1.1) for v in _FA3},
+    ("D128", "tokamax", "soft_cap"): Target(1.4),
+    ("D128", "tokamax", "sliding_window"): Target(6.0),
+    **{("D64", "torch_flex", v): Target(1.45, 1.7) for v in _BACKWARD_MASKS},
+    ("D64", "torch_flex", "document"): Target(1.3, 1.6),
+    ("D64", "torch_flex", "soft_cap"): Target(2.4, 3.0),
+    **{("D64", "fa3", v): Target(1.0, 1.1) for v in _FA3},
+    ("D64", "tokamax", "soft_cap"): Target(1.3),
+    ("D64", "tokamax", "sliding_window"): Target(5.0),
+    ("D256", "torch_flex", "causal"): Target(1.5, 2.5),
+}
+_SUITES = {"forward": FORWARD, "backward": BACKWARD}
+
+
 def shape_name(row: dict[str, Any]) -> str:
     """The name of a row's shape; its sizes where it has no name."""
     for name, shape in SHAPES.items():
@@ -53,6 +72,6 @@ def shape_name(row: dict[str, Any]) -> str:
 
 def target(row: dict[str, Any]) -> Target | None:
     """What flexjax must reach against the peer of this row, if anything."""
-    if row["suite"] != "forward" or row["dtype"] != "bfloat16":
+    if row["dtype"] != "bfloat16":
         return None
-    return FORWARD.get((shape_name(row), row["peer"], row["variant"]))
+    return _SUITES.get(row["suite"], {}).get((shape_name(row), row["peer"], row["variant"]))

@@ -24,7 +24,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexjax import BlockMask, create_block_mask, flex_attention, masks
+from flexjax.visualize import plot_mask
 
 PICTURE = Path(__file__).resolve().parent.parent / "out" / "packed_lm.png"
 
@@ -297,12 +298,13 @@ def causal_mask(ids: Int[Array, "B L"]) -> BlockMask:
 
 
 def leak(model: Model, rows: Rows, make_mask: Callable[[Array], BlockMask]) -> Leak:
-    """Replaces the document in the middle of the first row and looks at the others.
+    """Replaces the document in the middle of the row with the most of them and looks at the others.
 
     Raises:
         AssertionError: if the document itself feels nothing, so that the check would see nothing.
     """
-    tokens, ids = rows.tokens[:1], rows.ids[:1]
+    row = int(rows.ids.max(axis=1).argmax())
+    tokens, ids = rows.tokens[row : row + 1], rows.ids[row : row + 1]
     document = ids.max() // 2
     others = (tokens + 1) % 128
     change, gradient = probe(model, tokens, others, ids, make_mask, jnp.int32(document))
@@ -310,3 +312,167 @@ def leak(model: Model, rows: Rows, make_mask: Callable[[Array], BlockMask]) -> L
     if not (change[inside].max() > 0 and gradient[inside].max() > 0):
         raise AssertionError("The document whose bytes were replaced does not feel it itself.")
     return Leak(float(change[~inside].max()), float(gradient[~inside].max()))
+
+
+def check_isolation(model: Model, rows: Rows, console: Console) -> None:
+    """Holds the document mask to its promise, and shows that the check would notice a broken one.
+
+    Raises:
+        AssertionError: a document feels another one.
+    """
+    apart, together = (leak(model, rows, mask) for mask in (document_mask, causal_mask))
+    if apart.logits != 0.0 or apart.gradient != 0.0:
+        raise AssertionError(f"A document feels another one of its row: {apart}.")
+    if together.logits == 0.0 or together.gradient == 0.0:
+        raise AssertionError(
+            "Under a plain causal mask documents must feel each other; the check is blind."
+        )
+    console.print(
+        "check: with other bytes in one document, the logits of the others in its row change by "
+        f"{apart.logits:g} (a plain causal mask: {together.logits:.2g})."
+    )
+
+
+# -- a sample ---------------------------------------------------------------------------------------
+
+
+@nnx.jit
+def next_logits(model: Model, tokens: Int[Array, "1 L"], last: Int[Array, ""]) -> Float[Array, "V"]:
+    """Logits of the byte behind position `last`; what lies beyond it is not seen."""
+    length = tokens.shape[1]
+    mask = create_block_mask(masks.causal(), None, None, length, length)
+    return model(tokens, mask)[0, last]
+
+
+def sample(model: Model, prompt: bytes, count: int, temperature: float, seed: int) -> bytes:
+    """Continues a prompt by `count` bytes."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((1, len(prompt) + count), np.int32)
+    tokens[0, : len(prompt)] = np.frombuffer(prompt, np.uint8)
+    for last in range(len(prompt) - 1, tokens.shape[1] - 1):
+        logits = np.asarray(next_logits(model, tokens, jnp.int32(last)), np.float64) / temperature
+        weights = np.exp(logits - logits.max())
+        tokens[0, last + 1] = rng.choice(len(weights), p=weights / weights.sum())
+    return tokens[0].astype(np.uint8).tobytes()
+
+
+# -- the program ------------------------------------------------------------------------------------
+
+
+def train(model: Model, rows: Rows, arguments: argparse.Namespace, console: Console) -> list[float]:
+    """Trains and returns the loss of every step."""
+    optimizer = make_optimizer(model, arguments.steps, arguments.rate)
+    stream = batches(rows, arguments.batch, np.random.default_rng(arguments.seed))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    losses: list[float] = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=arguments.steps, loss=math.nan)
+        seconds = 0.0
+        for step in range(arguments.steps):
+            batch = next(stream)
+            start = time.perf_counter()
+            losses.append(float(train_step(model, optimizer, batch.tokens, batch.ids)))
+            if step > 0:  # the first one compiles
+                seconds += time.perf_counter() - start
+            progress.update(task, advance=1, loss=losses[-1])
+            if step in (0, arguments.steps - 1):
+                # An untrained model's blocks are zero, and nothing could leak.
+                progress.console.print(f"step {step + 1}: loss {losses[-1]:.3f}")
+            if step + 1 in (min(10, arguments.steps), arguments.steps):
+                check_isolation(model, rows, progress.console)
+    if traced["train_step"] != 1:
+        raise AssertionError(
+            f"The training step was traced {traced['train_step']} times, not once."
+        )
+    if arguments.steps > 1:
+        rate = (arguments.steps - 1) * arguments.batch * arguments.length / seconds
+        console.print(
+            f"{rate:,.0f} bytes/s; the step was compiled once for all batches of documents."
+        )
+    return losses
+
+
+def draw(losses: list[float], rows: Rows, file: Path) -> None:
+    """Writes the loss, and the mask of the first row, as a picture."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    left.plot(
+        np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.35, label="of a batch"
+    )
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    left.plot(
+        np.arange(window, len(losses) + 1), smooth, color="tab:blue", label=f"mean of {window}"
+    )
+    left.axhline(math.log(256), color="gray", linestyle=":", label="all bytes equally likely")
+    left.set(xlabel="step", ylabel="nats a byte", title="Loss", ylim=(0, None))
+    left.legend()
+    plot_mask(
+        masks.document(jnp.asarray(rows.ids[0]), causal=True),
+        rows.ids.shape[1],
+        rows.ids.shape[1],
+        ax=right,
+        title=f"The mask of one row: {rows.ids[0].max() + 1} documents",
+    )
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    smoke = os.environ.get("FLEXJAX_SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=12 if smoke else 400)
+    parser.add_argument("--batch", type=int, default=2, help="rows a step")
+    parser.add_argument("--length", type=int, default=256 if smoke else 1024, help="bytes a row")
+    parser.add_argument("--width", type=int, default=32 if smoke else Config.width)
+    parser.add_argument("--layers", type=int, default=2 if smoke else Config.layers)
+    parser.add_argument("--heads", type=int, default=Config.heads)
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--sample", type=int, default=8 if smoke else 300, help="bytes to print")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default=None, help="of flex_attention, for example xla")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    console = Console(highlight=False)
+    documents = standard_library()
+    np.random.default_rng(arguments.seed).shuffle(documents)
+    rows = pack(cut(documents, arguments.length), arguments.length)
+    used = float((rows.ids >= 0).mean())
+    console.print(
+        f"{len(documents):,} documents of the standard library, packed into {len(rows.tokens):,} rows of "
+        f"{arguments.length} bytes; {used:.1%} of them used."
+    )
+    sizes = {name: getattr(arguments, name) for name in ("width", "layers", "heads", "backend")}
+    model = Model(Config(**sizes), nnx.Rngs(arguments.seed))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    blocks = document_mask(jnp.asarray(rows.ids[: arguments.batch]))
+    console.print(
+        f"{count:,} parameters; the first batch's mask leaves out {blocks.sparsity():.0f}% of the score blocks."
+    )
+    losses = train(model, rows, arguments, console)
+    tail = losses[-min(20, len(losses)) :]
+    console.print(
+        f"loss {losses[0]:.2f} -> {sum(tail) / len(tail):.2f} (mean of the last {len(tail)})"
+    )
+    text = sample(model, b"def ", arguments.sample, temperature=0.7, seed=arguments.seed)
+    console.rule("a sample")
+    console.print(text.decode("utf-8", "replace"), markup=False)
+    console.rule()
+    draw(losses, rows, PICTURE)
+    console.print(f"loss and mask: {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

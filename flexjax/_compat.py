@@ -154,6 +154,11 @@ def instantiate_zeros(tangent: Any) -> Any:
     return hijax.instantiate_zeros(tangent)
 
 
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is a symbolic zero: what it belongs to is not differentiated."""
+    return isinstance(tangent, hijax.Zero)
+
+
 def output_avals(function: Any, avals: Sequence[Any]) -> tuple[Any, ...]:
     """Types of a function's outputs, with the sharding and manual axes that tracing it gives them."""
     meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
@@ -182,7 +187,8 @@ def by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     """`switch.on(platform)(*args)` for the platform that the program is lowered for.
 
     Unlike `lax.platform_dependent`, it traces nothing for the other platforms: a CPU program does not pay for
-    tracing a GPU kernel. The function for "any" platform tells the types of the results.
+    tracing a GPU kernel. `on` is asked for "cuda", for "other" platforms, and for "types", to tell those of the
+    results.
 
     Args:
         switch: hashable, with a method `on(platform) -> function`.
@@ -193,7 +199,7 @@ def by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
 
 @_by_platform_p.def_abstract_eval
 def _by_platform_types(*avals: Any, switch: Any) -> tuple[Any, ...]:
-    return output_avals(switch.on("any"), avals)
+    return output_avals(switch.on("types"), avals)
 
 
 def _lowering_on(platform: str) -> Any:
@@ -203,5 +209,5 @@ def _lowering_on(platform: str) -> Any:
     return lower
 
 
-mlir.register_lowering(_by_platform_p, _lowering_on("any"))
+mlir.register_lowering(_by_platform_p, _lowering_on("other"))
 mlir.register_lowering(_by_platform_p, _lowering_on("cuda"), platform="cuda")

@@ -100,8 +100,8 @@ def flex_attention(
             value (attention sinks). The logsumexp that is returned does not include it.
         layout: "BHLD", or "BLHD" for arrays of shape (B, L, H, D).
         precision: of float32 matrix products, as for `jax.numpy.matmul`; full float32 by default.
-        backend: "xla", "reference" (dense, for checking), or None for the best one that can. A backend that
-            is named here is never replaced by another.
+        backend: "mosaic_gpu" (kernels for NVIDIA Hopper), "xla", "reference" (dense, for checking), or None for
+            the best one that can. A backend that is named here is never replaced by another.
 
     Returns:
         The output (B, Hq, L, Dv) in the query's dtype and layout; with return_lse a pair (output, lse), where

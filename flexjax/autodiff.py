@@ -33,13 +33,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flexjax import _compat
 from flexjax.backends import xla
-from flexjax.backends.registry import Choice, load, warn_about_fallback
+from flexjax.backends.registry import Choice, load, needs_cuda, warn_about_fallback
 from flexjax.mods.ops import is_float
 from flexjax.mods.trace import index_ranges
 from flexjax.mods.transform import fold_batch, rewrite_graph, rewrite_score_mod
-from flexjax.problem import Gradients, Operands, Problem, Result
+from flexjax.problem import Gradients, Operands, Problem, Result, without_gradients
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The static part of an attention.
@@ -48,11 +49,13 @@ class Call:
         problem: what is computed.
         choice: which backend computes it.
         tree: structure of the flattened operands.
+        constants: positions of float captures that are not differentiated: nothing is computed for them.
     """
 
     problem: Problem
     choice: Choice
     tree: Any
+    constants: frozenset[int] = frozenset()
 
     def operands(self, leaves: Sequence[Any]) -> Operands:
         return jax.tree.unflatten(self.tree, leaves)
@@ -63,17 +66,31 @@ class Call:
 
     @functools.cached_property
     def floats(self) -> tuple[int, ...]:
-        """Positions of the operands that have gradients: query, key, value, float score captures."""
+        """Positions of the operands that have gradients: query, key, value, wanted score captures."""
+        marked = self.operands(range(self.n_leaves))
+        captures = (
+            i for i, wanted in zip(marked.score_captures, self.wanted, strict=True) if wanted
+        )
+        return (marked.query, marked.key, marked.value, *captures)
+
+    @functools.cached_property
+    def all_floats(self) -> tuple[int, ...]:
+        """Positions of the operands that gradients and tangents depend on smoothly."""
+        return dataclasses.replace(self, constants=frozenset()).floats
+
+    @functools.cached_property
+    def wanted(self) -> tuple[bool, ...]:
+        """For every capture of the score_mod, whether it has a gradient."""
         marked = self.operands(range(self.n_leaves))
         score = self.problem.score
         types = () if score is None else score.forward.captures
         captures = zip(marked.score_captures, types, strict=True)
-        return (
-            marked.query,
-            marked.key,
-            marked.value,
-            *(i for i, t in captures if is_float(t.dtype)),
-        )
+        return tuple(is_float(t.dtype) and i not in self.constants for i, t in captures)
+
+    def differentiated(self, moving: Sequence[bool]) -> Call:
+        """The same attention, with gradients of those captured arrays only whose operand moves."""
+        fixed = frozenset(i for i in self.captures if not moving[i])
+        return dataclasses.replace(self, constants=fixed)
 
     @functools.cached_property
     def captures(self) -> frozenset[int]:
@@ -102,8 +119,7 @@ class _Forward:
     call: Call
 
     def on(self, platform: str) -> Any:
-        name = _backend_on(platform, self.call.choice)
-        return functools.partial(_forward_with, load(name).forward, self.call)
+        return functools.partial(_forward_with, _backend_on(platform, self.call).forward, self.call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +130,7 @@ class _Backward:
 
     def on(self, platform: str) -> Any:
         choice = self.call.choice
-        module = load(_backend_on(platform, choice))
+        module = _backend_on(platform, self.call)
         if not hasattr(module, "backward"):
             reason = f"The {module.NAME} backend has no backward pass."
             if choice.explicit:
@@ -128,8 +144,19 @@ class _Backward:
         )
 
 
-def _backend_on(platform: str, choice: Choice) -> str:
-    return choice.cuda if platform == "cuda" else choice.portable
+def _backend_on(platform: str, call: Call) -> Any:
+    """The backend's module for "cuda", for "other" platforms, or, to tell "types" only, for no matter which.
+
+    Raises:
+        NotImplementedError: the user asked for a backend that does not run on the platform.
+    """
+    name = call.choice.cuda if platform == "cuda" else call.choice.portable
+    if platform == "other" and needs_cuda(name) and not call.problem.option("interpret", False):
+        raise NotImplementedError(
+            f"backend={name!r} runs on NVIDIA GPUs, but this program is compiled for another platform. Leave "
+            "backend out to have the best one chosen for each platform."
+        )
+    return load(name)
 
 
 def _forward_with(forward: Any, call: Call, *leaves: Any) -> tuple[Any, ...]:
@@ -148,8 +175,8 @@ def _run_backward(call: Call, *args: Any) -> tuple[Any, ...]:
 
 def _by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     choice = switch.call.choice
-    if choice.cuda == choice.portable:
-        return switch.on("any")(*args)
+    if choice.cuda == choice.portable and not needs_cuda(choice.cuda):
+        return switch.on("other")(*args)
     return _compat.by_platform(switch, args)
 
 
@@ -172,8 +199,12 @@ def _plain(problem: Problem) -> Problem:
 
 def _backward_with(backward: Any, call: Call, args: Sequence[Any], **kwargs: Any) -> Gradients:
     leaves, (out, lse, d_out, d_lse) = args[: call.n_leaves], args[call.n_leaves :]
-    operands = call.operands(leaves)
-    return backward(call.problem, operands, Result(out, lse), d_out, d_lse, **kwargs)
+    problem = without_gradients(call.problem, [not wanted for wanted in call.wanted])
+    gradients = backward(problem, call.operands(leaves), Result(out, lse), d_out, d_lse, **kwargs)
+    captures = zip(gradients.score_captures, call.wanted, strict=True)
+    return dataclasses.replace(
+        gradients, score_captures=tuple(d if wanted else None for d, wanted in captures)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -188,6 +219,12 @@ def _attention_fwd(call: Call, *leaves: Any) -> tuple[tuple[Any, ...], tuple[Any
 
 
 def _attention_bwd(call: Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    blocks = call.problem.blocks
+    if blocks is not None and not blocks.backward:
+        raise ValueError(
+            "This attention is differentiated, but its block_mask is for inference only: it was built with "
+            "compute_q_blocks=False. Build it with compute_q_blocks=True, the default."
+        )
     d_out, d_lse = (_compat.instantiate_zeros(c) for c in cotangents[:2])
     args = (*residuals, d_out, d_lse)
     gradients = AttentionBackward(call, [jax.typeof(x) for x in args])(*args)
@@ -220,16 +257,19 @@ class Attention(_compat.HiPrim):
         return _attention(self.call, *leaves)
 
     def vjp_fwd(self, nonzeros: Any, /, *leaves: Any) -> Any:
-        return _attention_fwd(self.call, *leaves)
+        result, residuals = _attention_fwd(self.call, *leaves)
+        return result, (self.call.differentiated(nonzeros), residuals)
 
     def vjp_bwd_retval(self, residuals: Any, cotangents: Any, /) -> tuple[Any, ...]:
-        return _attention_bwd(self.call, residuals, cotangents)
+        call, residuals = residuals
+        return _attention_bwd(call, residuals, cotangents)
 
     def jvp(self, primals: Any, tangents: Any) -> Any:
         result, (*_, out, lse) = _attention_fwd(self.call, *primals)
-        moving = (_compat.instantiate_zeros(tangents[i]) for i in self.call.floats)
+        call = self.call.differentiated([not _compat.is_zero(t) for t in tangents])
+        moving = (_compat.instantiate_zeros(tangents[i]) for i in call.floats)
         args = (*primals, out, lse, *moving)
-        return result, AttentionTangent(self.call, [jax.typeof(x) for x in args])(*args)
+        return result, AttentionTangent(call, [jax.typeof(x) for x in args])(*args)
 
     lin, linearized = _compat.linearize_from_jvp
 
@@ -254,7 +294,7 @@ class AttentionBackward(_compat.HiPrim):
         return _run_backward(self.call, *args)
 
     def jvp(self, primals: Any, tangents: Any) -> Any:
-        which = [*self.call.floats, *range(self.call.n_leaves, len(primals))]
+        which = [*self.call.all_floats, *range(self.call.n_leaves, len(primals))]
         call = dataclasses.replace(self.call, problem=_plain(self.call.problem))
 
         def run(*floats: Any) -> tuple[Any, ...]:
@@ -305,7 +345,7 @@ class AttentionTangent(_compat.HiPrim):
 
     def jvp(self, primals: Any, tangents: Any) -> Any:
         # The kept output and logsumexp only serve the transpose: the tangent map does not depend on them.
-        which = [*self.call.floats, *range(self.call.n_leaves + 2, len(primals))]
+        which = [*self.call.all_floats, *range(self.call.n_leaves + 2, len(primals))]
 
         def run(*floats: Any) -> tuple[Any, ...]:
             return _run_tangent(self.call, True, *_replaced(primals, which, floats))
@@ -424,4 +464,4 @@ def _fold(
         tuple(mask_captures),
     )
     leaves, tree = jax.tree.flatten(folded)
-    return Call(problem, call.choice, tree), leaves
+    return Call(problem, call.choice, tree, call.constants), leaves

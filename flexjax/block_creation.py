@@ -14,11 +14,12 @@ from flexjax.block_arguments import block_pair, lengths, positive
 from flexjax.block_lists import EMPTY, Geometry, lists_from_states, most_blocks
 from flexjax.block_mask import BlockMask, MaskMod, assemble
 from flexjax.block_selection import check_scores, selected_blocks
-from flexjax.block_states import block_states, block_states_on_host, replicated
+from flexjax.block_states import block_states, block_states_on_host
 from flexjax.masks.combine import noop_mask
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
-from flexjax.mods.trace import index_ranges, trace_mask_mod, trace_score_mod
+from flexjax.mods.trace import Ranges, index_ranges, trace_mask_mod, trace_score_mod
+from flexjax.sharding import replicated
 
 # The blocks of a mask without captures are found by the host up to these sizes of its lists. In a traced program
 # they become constants; outside one they need no compilation, which larger ones are worth.
@@ -75,7 +76,7 @@ def create_block_mask(
     heads = 1 if H is None else positive(H, "H")
     limits = _limits(max_blocks, compact)
     ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
-    graph, captures = trace_mask_mod(mask_mod, ranges)
+    graph, captures = _traced(mask_mod, ranges)
     states = _states(graph, captures, geometry, batch, heads)
     return _from_states(
         states,
@@ -88,6 +89,12 @@ def create_block_mask(
         flagged=limits is not None,
         shape=(batch, heads),
     )
+
+
+def _traced(mask_mod: MaskMod, ranges: Ranges) -> tuple[Graph, list[Any]]:
+    """A mask's graph and its captured arrays, which every device of a mesh with explicit axes holds."""
+    graph, captures = trace_mask_mod(mask_mod, ranges)
+    return graph, [replicated(c) for c in captures]
 
 
 def _states(
@@ -141,12 +148,12 @@ def choose_blocks(
     scores = replicated(scores)
     batch, heads = scores.shape[:2]
     ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
-    graph, captures = trace_mask_mod(mask_mod or noop_mask, ranges)
+    graph, captures = _traced(mask_mod or noop_mask, ranges)
     states = jnp.asarray(_states(graph, captures, geometry, batch, heads))
     eligible = states != EMPTY
     kept = jnp.asarray(False)
     if always is not None:
-        found = _states(*trace_mask_mod(always, ranges), geometry, batch, heads)
+        found = _states(*_traced(always, ranges), geometry, batch, heads)
         kept = jnp.asarray(found) != EMPTY
     if threshold is not None:
         threshold = jnp.asarray(threshold)

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry, cdiv
 from flexjax.mods.evaluate import evaluate, evaluate_numpy
@@ -56,15 +55,7 @@ def block_states(
     An axis has length 1 where the mask does not depend on its index.
     """
     n_batch, n_heads = _distinct(graph, batch, heads)
-    captures = tuple(map(replicated, captures))
-    return _block_states(graph, captures, geometry, n_batch, n_heads)
-
-
-def replicated(x: Any) -> Any:
-    """An array on every device of a mesh with explicit axes, as attention itself reads what mods capture."""
-    sharding = jax.typeof(x).sharding
-    sharded = not sharding.mesh.empty and any(axes is not None for axes in sharding.spec)
-    return jax.reshard(x, PartitionSpec()) if sharded else x
+    return _block_states(graph, tuple(captures), geometry, n_batch, n_heads)
 
 
 def _distinct(graph: Graph, batch: int, heads: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,6 +98,21 @@ class Problem:
     def stats_shape(self) -> tuple[int, int, int]:
         """Shape of the logsumexp and of the row maxima, in both layouts."""
         return (self.batch, self.q_heads, self.q_len)
+
+
+def without_gradients(problem: Problem, constant: Sequence[bool]) -> Problem:
+    """The problem with a score_mod whose derivative leaves out some of the captured arrays.
+
+    Args:
+        problem: the problem.
+        constant: for every capture of the score_mod, whether it is left out.
+    """
+    score = problem.score
+    if score is None or score.gradient is None or not any(constant):
+        return problem
+    loads = tuple(load for load in score.gradient.loads if not constant[load.capture])
+    gradient = dataclasses.replace(score.gradient, loads=loads)
+    return dataclasses.replace(problem, score=dataclasses.replace(score, gradient=gradient))
 
 
 _register = functools.partial(jax.tree_util.register_dataclass, meta_fields=())

@@ -61,6 +61,11 @@ def attend_sharded(problem: Problem, choice: Choice, operands: Operands) -> Resu
     return jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(placed)
 
 
+def replicated(x: Any) -> Any:
+    """The array with all of it on every device, if its type says that it is not so already."""
+    return jax.reshard(x, PartitionSpec()) if any(map(_axes, _spec(x))) else x
+
+
 def _spec(x: Any) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 

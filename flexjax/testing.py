@@ -89,8 +89,8 @@ def oracle(
             computation makes of these inputs in their own dtypes.
     """
     with jax.enable_x64(exact):
-        operands = _as_arrays((query, key, value, scale, sinks), exact)
-        return _dense(*operands, score_mod, mask_mod, layout)
+        query, key, value, scale, sinks = _as_arrays((query, key, value, scale, sinks), exact)
+        return _dense(query, key, value, scale, sinks, score_mod, mask_mod, layout)
 
 
 def oracle_grads(

@@ -11,6 +11,7 @@ ON_GPU = os.environ.get("FLEXJAX_TEST_GPU") == "1"
 # Flags that the environment sets already win.
 if ON_GPU:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    _flags = ("--xla_gpu_autotune_level=0",)  # tuning what runs once takes longer than running it
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     _flags = (
@@ -19,7 +20,7 @@ else:
         # optimization level costs three times the compile time and gains nothing.
         "--xla_backend_optimization_level=1",
     )
-    os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")])
 
 import jax  # noqa: E402
 

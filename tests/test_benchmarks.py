@@ -20,7 +20,7 @@ from benchmarks.peers import fa3, flexjax_peer
 from benchmarks.timing import Plan, interleaved
 from benchmarks.variants import SHAPES, VARIANTS, Shape, document_ids, visited_blocks, work
 from flexjax import create_block_mask, flex_attention
-from flexjax.testing import oracle
+from flexjax.testing import oracle, oracle_grads
 
 NAMES = list(VARIANTS)
 ODD = Shape("odd", 1, 2, 1, 200, 200, 16, tuple(VARIANTS), window=50)
@@ -451,23 +451,24 @@ class _Wrong:
     def supports(self, shape: Shape, variant: Any) -> bool:
         return True
 
-    def forward(self, case: peers.Case) -> peers.Contender:
+    def prepare(self, case: peers.Case) -> peers.Contender:
         unmasked = dataclasses.replace(case, variant=VARIANTS["noop"])
-        return dataclasses.replace(flexjax_peer.Flexjax().forward(unmasked), peer=self.name)
+        return dataclasses.replace(flexjax_peer.Flexjax().prepare(unmasked), peer=self.name)
 
     def release(self) -> None:
         pass
 
 
-def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("suite", ["forward", "backward"])
+def test_the_command_measures_writes_and_draws(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name, value in run.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(peers._MAKERS, "wrong", _Wrong)
-    command = ["forward", "--quick", "--shapes", "D64", "--variants", "causal", "--calls", "1"]
+    command = [suite, "--quick", "--shapes", "D64", "--variants", "causal", "--calls", "1"]
     command += ["--peers", "flexjax,jax_xla,wrong,fa3", "--out", str(tmp_path)]
     assert run.main(command) == 0
-    (path,) = tmp_path.glob("forward-*.jsonl")
+    (path,) = tmp_path.glob(f"{suite}-*.jsonl")
     rows = {row["peer"]: row for row in map(json.loads, path.read_text().splitlines())}
     assert list(rows) == ["flexjax/xla", "jax_xla", "wrong"]
     for peer in ("flexjax/xla", "jax_xla"):
@@ -498,7 +499,28 @@ def test_the_command_measures_writes_and_draws(tmp_path, monkeypatch, capsys):
 
     assert run.main(["plot", str(path), "--out", str(tmp_path / "pictures")]) == 0
     pictures = {file.name for file in Path(tmp_path, "pictures").iterdir()}
-    assert pictures == {"forward-tflops.png", "forward-ratios.png"}
+    assert pictures == {f"{suite}-tflops.png", f"{suite}-ratios.png"}
+
+
+@pytest.mark.parametrize("variant", ["soft_cap", "rel_table", "document"])
+def test_reference_gradients_are_those_of_jax(variant):
+    shape = SHAPES["D64"].shrunk()
+    inputs = Inputs(shape, "float32")
+    (cotangent, *_), variant = inputs.cotangents("BHLD"), VARIANTS[variant]
+    captures = {name: jnp.asarray(x) for name, x in variant.captures(shape).items()}
+    score_mod, mask_mod = variant.mods(jnp, captures, shape)
+    exact = oracle_grads(
+        *inputs.sets[0],
+        cotangent,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+    )
+    references = reference.reference_gradients(variant, shape, inputs.sets[0], cotangent)
+    assert len(references) == 3 * len(reference.checked_heads(shape))
+    for number, expected in enumerate(references):
+        head = exact[number % 3][expected.batch, expected.head]
+        assert reference.relative_error(np.asarray(head), expected.out) < 1e-6
+        assert expected.limit < 1.1e-3
 
 
 # -- block masks ------------------------------------------------------------------------------------

@@ -25,12 +25,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention to be measured by every peer."""
+    """One attention to be measured by every peer: its forward pass, or its backward pass alone."""
 
     shape: Shape
     variant: Variant
     inputs: Inputs
     options: Options = Options()
+    backward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Contender:
         peer: name for the records, with the backend if the peer has several.
         run: `(input set) -> result`, queued but not waited for.
         synchronize: waits for a result and for everything queued before it.
-        heads: `(result, [(batch, head), ...]) -> [[L, D] float32, ...]`.
+        heads: `(result, [(batch, head), ...]) -> [[L, D] float32, ...]`: the output's, or, of a backward pass,
+            for each pair those of the gradients of query, key and value.
         input_sets: inputs to rotate over.
-        compile_s: seconds that the first call took beyond running.
+        compile_s: seconds that the first call took beyond running; None if a cache may have served it.
         layout: "BHLD" or "BLHD".
         config: what distinguishes this way of running the peer.
         block_size: (q_block, kv_block) of the peer's block mask, None if it has none.
@@ -55,7 +57,7 @@ class Contender:
     synchronize: Callable[[Any], None]
     heads: Callable[[Any, Sequence[tuple[int, int]]], list[np.ndarray]]
     input_sets: int
-    compile_s: float
+    compile_s: float | None
     layout: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     block_size: tuple[int, int] | None = None
@@ -80,8 +82,8 @@ class Peer(Protocol):
     def supports(self, shape: Shape, variant: Variant) -> bool:
         """Whether this peer can express the variant."""
 
-    def forward(self, case: Case) -> Contender:
-        """Compiles the forward pass and returns it ready to run."""
+    def prepare(self, case: Case) -> Contender:
+        """Compiles the pass that the case asks for and returns it ready to run."""
 
     def release(self) -> None:
         """Forgets what was compiled for the last case."""
@@ -105,7 +107,7 @@ def no_import(module: str, hint: str = "") -> str | None:
 def compiled_jax(
     peer: str | Callable[[str], str],
     function: Callable[..., Any],
-    sets: Sequence[tuple[Any, ...]],
+    case: Case,
     extra: tuple[Any, ...] = (),
     *,
     layout: str,
@@ -116,18 +118,30 @@ def compiled_jax(
     Args:
         peer: its name, or a function that derives the name from the compiled program's text.
         function: what is compiled; mods and masks come in through `extra`, as in a user's own jit.
-        sets: (query, key, value) triples in `layout`.
+        case: what is measured.
         extra: further arguments.
         layout: of query, key, value and result.
         details: further attributes of the contender.
     """
+    sets = case.inputs.in_layout(layout)
+    timed, arguments = jax.jit(function), [(*triple, *extra) for triple in sets]
+    if case.backward:
+
+        def pullback(query: Any, key: Any, value: Any, *extra: Any) -> Any:
+            return jax.vjp(lambda *x: function(*x, *extra), query, key, value)[1]
+
+        forward = jax.jit(pullback)
+        pullbacks = [forward(*x) for x in arguments]
+        timed = jax.jit(lambda pull, cotangent: pull(cotangent))
+        arguments = list(zip(pullbacks, case.inputs.cotangents(layout), strict=True))
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*sets[0], *extra).compile()
+    compiled = timed.lower(*arguments[0]).compile()
     compile_s = time.perf_counter() - start
     name = peer if isinstance(peer, str) else peer(compiled.as_text() or "")
 
     def heads(result: Any, pairs: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        picked = [result[b, :, h] if layout == "BLHD" else result[b, h] for b, h in pairs]
+        results = result if case.backward else (result,)
+        picked = [x[b, :, h] if layout == "BLHD" else x[b, h] for b, h in pairs for x in results]
         return [np.asarray(x).astype(np.float32) for x in picked]
 
     def synchronize(result: Any) -> None:
@@ -135,7 +149,7 @@ def compiled_jax(
 
     return Contender(
         peer=name,
-        run=lambda index: compiled(*sets[index], *extra),
+        run=lambda index: compiled(*arguments[index]),
         synchronize=synchronize,
         heads=heads,
         input_sets=len(sets),

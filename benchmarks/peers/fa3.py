@@ -26,7 +26,7 @@ class FlashAttention3:
         square = shape.q_len == shape.kv_len
         return square and variant.name in ("noop", "causal", "sliding_window", "document")
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         import dew_flash_attn
 
         variant, shape = case.variant.name, case.shape
@@ -42,11 +42,10 @@ class FlashAttention3:
             out = dew_flash_attn.flash_mha_varlen(*packed, starts, longest, is_causal=True)
             return out.reshape(query.shape)
 
-        sets = case.inputs.blhd
         if variant != "document":
-            return compiled_jax(self.name, attend, sets, layout="BLHD")
+            return compiled_jax(self.name, attend, case, layout="BLHD")
         config, extra = {"varlen": True}, (jnp.asarray(starts),)
-        return compiled_jax(self.name, attend_packed, sets, extra, layout="BLHD", config=config)
+        return compiled_jax(self.name, attend_packed, case, extra, layout="BLHD", config=config)
 
     def release(self) -> None:
         pass

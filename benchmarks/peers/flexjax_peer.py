@@ -50,7 +50,7 @@ class Flexjax:
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return True
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         shape, variant, options = case.shape, case.variant, case.options
         captures = {name: jnp.asarray(x) for name, x in variant.captures(shape).items()}
         mask_mod = variant.mods(jnp, captures, shape).mask
@@ -74,7 +74,7 @@ class Flexjax:
         return compiled_jax(
             lambda program: f"flexjax/{self.backend or backend_in(program)}",
             attend,
-            case.inputs.sets,
+            case,
             (block_mask, captures),
             layout="BHLD",
             config=dict(options.kernel_options),

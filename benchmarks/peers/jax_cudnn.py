@@ -30,7 +30,7 @@ class JaxNn:
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return variant.name in ("noop", "causal", "sliding_window")
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         variant, window = case.variant.name, case.shape.window
 
         def attend(query: Any, key: Any, value: Any) -> Any:
@@ -43,7 +43,7 @@ class JaxNn:
                 implementation=self.implementation,
             )
 
-        return compiled_jax(self.name, attend, case.inputs.blhd, layout="BLHD")
+        return compiled_jax(self.name, attend, case, layout="BLHD")
 
     def release(self) -> None:
         pass

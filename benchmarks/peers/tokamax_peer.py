@@ -20,7 +20,7 @@ class Tokamax:
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return variant.name in ("noop", "causal", "sliding_window", "soft_cap")
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         import tokamax
 
         variant, window = case.variant.name, case.shape.window
@@ -36,7 +36,7 @@ class Tokamax:
                 implementation="mosaic",
             )
 
-        return compiled_jax(self.name, attend, case.inputs.blhd, layout="BLHD")
+        return compiled_jax(self.name, attend, case, layout="BLHD")
 
     def release(self) -> None:
         pass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.base import Contender, no_gpu, no_import
+from benchmarks.peers.base import Case, Contender, no_gpu, no_import
 
 
 def missing() -> str | None:
@@ -32,29 +33,40 @@ def to_tensor(array: Any, device: str = "cuda") -> Any:
     return torch.from_numpy(host).to(device)
 
 
-def heads(result: Any, pairs: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """The [L, D] heads of a result in layout BHLD."""
-    return [result[b, h].float().cpu().numpy() for b, h in pairs]
-
-
-def contender(
-    peer: str, attend: Callable[..., Any], sets: Sequence[tuple[Any, ...]], **details: Any
-) -> Contender:
+def contender(peer: str, attend: Callable[..., Any], case: Case, **details: Any) -> Contender:
     """A contender from a PyTorch function of (query, key, value), which is called once to compile it."""
     import torch
+
+    sets = case.inputs.converted("torch", to_tensor)
+    run = lambda index: attend(*sets[index])
+    start = time.perf_counter()
+    if case.backward:
+        sets = [tuple(x.detach().requires_grad_() for x in triple) for triple in sets]
+        outs = [attend(*triple) for triple in sets]
+        cotangents = [to_tensor(x) for x in case.inputs.cotangents("BHLD")]
+
+        def run(index: int) -> Any:
+            return torch.autograd.grad(
+                outs[index], sets[index], cotangents[index], retain_graph=True
+            )
 
     def synchronize(result: Any) -> None:
         torch.cuda.synchronize()
 
-    start = time.perf_counter()
-    synchronize(attend(*sets[0]))
+    def heads(result: Any, pairs: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        results = result if case.backward else (result,)
+        return [x[b, h].detach().float().cpu().numpy() for b, h in pairs for x in results]
+
+    synchronize(run(0))
+    compile_s = time.perf_counter() - start
+    cold = os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") == "1"
     return Contender(
         peer=peer,
-        run=lambda index: attend(*sets[index]),
+        run=run,
         synchronize=synchronize,
         heads=heads,
         input_sets=len(sets),
-        compile_s=time.perf_counter() - start,
+        compile_s=compile_s if cold else None,
         layout="BHLD",
         **details,
     )

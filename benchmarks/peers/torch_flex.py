@@ -32,7 +32,7 @@ class TorchFlex:
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return True
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         import torch
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -51,11 +51,10 @@ class TorchFlex:
                 enable_gqa=shape.q_heads != shape.kv_heads,
             )
 
-        sets = case.inputs.converted("torch", torch_common.to_tensor)
         return torch_common.contender(
             self.name,
             attend,
-            sets,
+            case,
             config=options,
             block_size=None if block_mask is None else tuple(block_mask.BLOCK_SIZE),
             density=None if block_mask is None else 1.0 - float(block_mask.sparsity()) / 100.0,

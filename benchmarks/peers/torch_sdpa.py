@@ -31,7 +31,7 @@ class TorchSdpa:
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return variant.name in ("noop", "causal")
 
-    def forward(self, case: Case) -> Contender:
+    def prepare(self, case: Case) -> Contender:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -48,8 +48,7 @@ class TorchSdpa:
                     enable_gqa=shape.q_heads != shape.kv_heads,
                 )
 
-        sets = case.inputs.converted("torch", torch_common.to_tensor)
-        return torch_common.contender(self.name, attend, sets)
+        return torch_common.contender(self.name, attend, case)
 
     def release(self) -> None:
         pass

@@ -19,12 +19,13 @@ import jax
 from flexjax.problem import Problem
 
 _MODULES = {
+    "mosaic_gpu": "flexjax.backends.mosaic_gpu",
     "xla": "flexjax.backends.xla",
     "reference": "flexjax.backends.dense",
 }
 
 # Backends that run on NVIDIA GPUs only, by preference. What they refuse goes to the portable one.
-_CUDA: tuple[str, ...] = ()
+_CUDA: tuple[str, ...] = ("mosaic_gpu",)
 _PORTABLE = "xla"
 
 
@@ -60,12 +61,11 @@ def select(problem: Problem, requested: str | None) -> Choice:
         NotImplementedError: the requested backend cannot compute the problem; the message says why.
     """
     if requested is not None:
-        try:
-            load(requested).check(problem)
-        except NotImplementedError as error:
+        reason = _refusal(requested, problem)
+        if reason is not None:
             raise NotImplementedError(
-                f"backend={requested!r} cannot compute this attention: {error}"
-            ) from error
+                f"backend={requested!r} cannot compute this attention: {reason}"
+            )
         return Choice(requested, requested, explicit=True)
     for name in _CUDA:
         reason = _refusal(name, problem)
@@ -75,15 +75,24 @@ def select(problem: Problem, requested: str | None) -> Choice:
     return Choice(_PORTABLE, _PORTABLE, explicit=False)
 
 
+def needs_cuda(name: str) -> bool:
+    """Whether a backend runs on NVIDIA GPUs only; it then names the compute capability that it is for."""
+    return hasattr(load(name), "COMPUTE_CAPABILITY")
+
+
 def _refusal(name: str, problem: Problem) -> str | None:
-    capability = _compute_capability()
-    needed = load(name).COMPUTE_CAPABILITY
-    if capability is not None and capability != needed:
-        return f"it needs a GPU of compute capability {needed}, and this one has {capability}."
     try:
-        load(name).check(problem)
+        capability, module = _compute_capability(), load(name)
+        if needs_cuda(name) and capability not in (None, module.COMPUTE_CAPABILITY):
+            return (
+                f"it needs a GPU of compute capability {module.COMPUTE_CAPABILITY}, and this one has "
+                f"{capability}."
+            )
+        module.check(problem)
     except NotImplementedError as error:
         return str(error)
+    except ImportError as error:  # not every build of jaxlib brings the kernel languages
+        return f"it cannot be imported here ({error})."
     return None
 
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from flexjax import _compat
 from flexjax.backends.xla_tiles import Block, Plan, Tile
-from flexjax.mods.ops import is_float
+from flexjax.mods.pullback import zero_totals
 from flexjax.problem import Gradients, Operands, Problem, Result, heads_first
 
 NAME = "xla"
@@ -136,7 +136,7 @@ def _backward(
         (
             jnp.zeros(key.shape, jnp.float32),
             jnp.zeros(value.shape, jnp.float32),
-            tuple(jnp.zeros(c.shape, jnp.float32) if is_float(c.dtype) else None for c in captures),
+            zero_totals(captures),
         )
     )
 

@@ -19,14 +19,14 @@ from jax import lax
 from flexjax.block_lists import Geometry, cdiv
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import Graph
-from flexjax.mods.ops import is_float
+from flexjax.mods.pullback import score_pullback
 from flexjax.problem import Operands, Problem, heads_first
 
 # Tile length where no block mask prescribes one.
 _DEFAULT_BLOCK = 128
 
 Carry = Any
-Pullback = Callable[[Any, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
+TilePullback = Callable[[Any, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Tile:
         }
 
     def _masked_out(self, y: Any, block: Block, indices: dict[str, Any]) -> Any:
-        """Scores with -inf where the mask, or the end of the keys, hides them."""
+        """Scores with -inf where the mask, or the end of the queries or keys, hides them."""
         geometry, mask = self.plan.geometry, self.problem.mask
         idle = self.plan.lanes > 1  # with one lane, every visited block is its own
 
@@ -267,11 +267,14 @@ class Tile:
         if geometry.kv_len % geometry.kv_block:
             kv = _spans(block.column, geometry.kv_block)
             y = jnp.where((kv < geometry.kv_len)[:, None, None, :], y, -jnp.inf)
+        if geometry.q_len % geometry.q_block:  # a mod may give anything for a query of zeros
+            q = _spans(self.items[2], geometry.q_block)
+            y = jnp.where((q < geometry.q_len)[:, None, :, None], y, -jnp.inf)
         return jnp.where(block.busy[:, None, None, None], y, -jnp.inf) if idle else y
 
     def scores(
         self, q: Any, k: Any, block: Block, derivatives: bool = False
-    ) -> tuple[Any, Pullback]:
+    ) -> tuple[Any, TilePullback]:
         """Modified and masked scores [g, k, r, s] of a tile, and how to pull a cotangent back.
 
         The pullback maps (cotangent of the modified scores, totals of captures' gradients) to (cotangent of
@@ -284,14 +287,12 @@ class Tile:
         indices = self._indices(block)
         inputs, captures = indices | {"score": s}, self.operands.score_captures
         pull: Any = None
-        if problem.score is None:
-            y, pull = s, _identity_pullback
-        elif not derivatives:
-            (y,) = evaluate(problem.score.forward, captures, inputs)
-        elif problem.score.gradient is None:
-            y, pull = _opaque_pullback(problem.score.forward, captures, inputs)
+        if derivatives:
+            y, pull = score_pullback(problem.score, captures, inputs)
+        elif problem.score is None:
+            y = s
         else:
-            y, pull = _load_pullback(problem.score.gradient, captures, inputs)
+            (y,) = evaluate(problem.score.forward, captures, inputs)
         y = self._masked_out(jnp.broadcast_to(y, s.shape), block, indices)
 
         def pullback(dy: Any, totals: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -304,58 +305,3 @@ class Tile:
 def _spans(number: Any, length: int) -> Any:
     """[lanes, length] indices of the pieces of `length` that [lanes] numbers name."""
     return number[:, None] * length + jnp.arange(length, dtype=jnp.int32)[None, :]
-
-
-# Pullbacks select the positions whose score counts: what a mod's derivative is elsewhere, infinite or NaN
-# even, is dropped rather than multiplied with a cotangent of zero.
-
-
-def _identity_pullback(dy: Any, counts: Any, totals: Any) -> tuple[Any, Any]:
-    return dy, totals
-
-
-def _load_pullback(gradient: Any, captures: Any, inputs: Any) -> tuple[Any, Any]:
-    """Value and pullback from the derivatives by every element read (see mods/gradient.py)."""
-    outputs = evaluate(gradient.graph, captures, inputs)
-
-    def pull(dy: Any, counts: Any, totals: Any) -> tuple[Any, Any]:
-        totals = list(totals)
-        for load in gradient.loads:
-            contribution = jnp.where(counts, dy * outputs[load.derivative], 0.0)
-            where = tuple(outputs[i] for i in load.indices)
-            totals[load.capture] = _accumulate(totals[load.capture], where, contribution)
-        return jnp.where(counts, dy * outputs[1], 0.0), tuple(totals)
-
-    return outputs[0], pull
-
-
-def _accumulate(total: Any, where: tuple[Any, ...], contribution: Any) -> Any:
-    """Adds contributions at their indices, summed first over the axes that no index varies along."""
-    shape = jnp.broadcast_shapes((1,) * contribution.ndim, *(jnp.shape(i) for i in where))
-    axes = tuple(a for a, n in enumerate(shape) if n == 1)
-    summed = contribution.sum(axes, keepdims=True)
-    if not where:
-        return total + summed.reshape(())
-    return total.at[where].add(summed.reshape(shape))
-
-
-def _opaque_pullback(graph: Any, captures: Any, inputs: Any) -> tuple[Any, Any]:
-    """Value and pullback of a mod that the IR cannot express: JAX differentiates it as a whole."""
-    diff = [i for i, c in enumerate(captures) if is_float(c.dtype)]
-
-    def y(score: Any, *floats: Any) -> Any:
-        merged = list(captures)
-        for i, c in zip(diff, floats, strict=True):
-            merged[i] = c.astype(captures[i].dtype)
-        return evaluate(graph, merged, inputs | {"score": score})[0]
-
-    value, vjp = jax.vjp(y, inputs["score"], *(captures[i].astype(jnp.float32) for i in diff))
-
-    def pull(dy: Any, counts: Any, totals: Any) -> tuple[Any, Any]:
-        ds, *d_captures = vjp(jnp.where(counts, dy, 0.0))
-        totals = list(totals)
-        for i, d in zip(diff, d_captures, strict=True):
-            totals[i] = totals[i] + d
-        return jnp.where(counts, ds, 0.0), tuple(totals)
-
-    return value, pull

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from flexjax import _compat
+
 INPUTS = ("score", "b", "h", "q", "kv")
 SCALAR, ROW, COLUMN, TILE = "scalar", "row", "column", "tile"
 
@@ -168,6 +170,15 @@ class Opaque:
     def _key(self) -> tuple[str, str, tuple[str, ...]]:
         return (str(self.jaxpr), self.rules, self.inputs)
 
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """The inputs that the jaxpr mentions."""
+        jaxpr, _ = _compat.open_jaxpr(self.jaxpr)
+        atoms = [*jaxpr.outvars, *(atom for eqn in jaxpr.eqns for atom in eqn.invars)]
+        mentioned = {id(atom) for atom in atoms}
+        names = zip(self.inputs, jaxpr.invars, strict=False)  # the captures come behind
+        return frozenset(name for name, var in names if id(var) in mentioned)
+
     def __hash__(self) -> int:
         return hash(self._key)
 
@@ -194,7 +205,7 @@ def opaque_graph(opaque: Opaque, captures: Sequence[CaptureType]) -> Graph:
             tuple(range(len(nodes))),
             (("jaxpr", opaque),),
             np.dtype("float32" if score else "bool"),
-            frozenset(opaque.inputs),
+            opaque.reads,
         )
     )
     return Graph(tuple(nodes), (len(nodes) - 1,), tuple(captures))

@@ -10,5 +10,5 @@ SELECTED = os.environ.get("FLEXJAX_TEST_BACKENDS", ",".join(BACKENDS)).split(","
 
 @pytest.fixture(params=SELECTED)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backend under test; FLEXJAX_TEST_BACKENDS=xla,reference selects some of them."""
+    """The backend under test; FLEXJAX_TEST_BACKENDS=xla,mosaic_gpu selects others, the latter on a GPU."""
     return request.param

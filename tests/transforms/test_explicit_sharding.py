@@ -9,6 +9,7 @@ from flexjax import flex_attention, masks
 from tests.transforms.reference import FLOATS, assert_close, dense, flex, operands, scalar
 
 P = PartitionSpec
+WHOLE = P()
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 SPLITS = {
@@ -25,7 +26,7 @@ def mesh():
         yield mesh
 
 
-def placed(spec, mesh, bias=P(), ids=P()):
+def placed(spec, mesh, bias=WHOLE, ids=WHOLE):
     """Query, key and value sharded by `spec`; the captured arrays replicated unless their specs say more."""
     specs = (spec, spec, spec, bias, ids)
     args = zip(operands(), specs, strict=True)

@@ -81,5 +81,5 @@ def test_symbolic_lengths_are_refused():
     """Block lists have static shapes: a length must be a number when the program is traced."""
     (length,) = jax.export.symbolic_shape("n")
     x = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
-    with pytest.raises(Exception, match="integer|concrete|symbolic|known"):
+    with pytest.raises(Exception, match=r"integer|concrete|symbolic|known"):
         jax.export.export(jax.jit(flex_attention))(x, x, x)

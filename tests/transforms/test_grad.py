@@ -1,5 +1,7 @@
 """jax.grad, jax.vjp, jax.value_and_grad: reverse mode, by every operand and every captured array."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,10 @@ from tests.transforms.reference import (
     dense,
     dense_attention,
     flex,
+    masked,
     operands,
     scalar,
+    scored,
 )
 
 
@@ -149,3 +153,23 @@ def test_finite_differences():
     step = 1e-2
     ahead, behind = (scalar(flex)(args[0] + s * direction, *args[1:]) for s in (step, -step))
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=2e-3)
+
+
+def test_nothing_is_computed_for_arrays_that_are_not_differentiated():
+    """The program of a gradient holds sums for those captured arrays only that it is asked for."""
+    query, key, value, bias, ids = operands()
+    other = 1.0 + jnp.arange(7 * 11, dtype=jnp.float32).reshape(7, 11)
+
+    def loss(query, bias, other):
+        def score_mod(score, b, h, q, kv):
+            return scored(bias)(score, b, h, q, kv) * other[q, kv]
+
+        out = flex_attention(query, key, value, score_mod, mask_mod=masked(ids), backend="xla")
+        return jnp.sum(jnp.sin(out))
+
+    def sums_up_other(which):
+        program = jax.jit(jax.grad(loss, which)).lower(query, bias, other).as_text()
+        return re.search(r"\}\) : \(tensor<7x11xf32>.*-> tensor<7x11xf32>", program) is not None
+
+    assert not sums_up_other((0, 1))
+    assert sums_up_other((0, 1, 2))

@@ -188,6 +188,7 @@ def _interpret_node(
 
 def _interpret_input(name: str, inputs: TileInputs) -> jax.Array:
     if name == "score":
+        assert inputs.score is not None, "a mask_mod has no score"
         return inputs.score
     if name in ("b", "h"):
         return inputs.scalar(name)

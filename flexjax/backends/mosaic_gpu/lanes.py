@@ -100,6 +100,7 @@ def _lift(value: Any, dtype: np.dtype) -> Lane:
 
 def _binary(x: Lane, y: Any, of_floats: Emit | None, of_integers: Emit) -> Lane:
     emit = of_floats if x.dtype == F32 else of_integers
+    assert emit is not None, "bits are combined as integers"
     return Lane(emit(x.ir, _lift(y, x.dtype).ir), x.dtype)
 
 
@@ -175,9 +176,8 @@ def _narrow_float(dtype: np.dtype) -> ir.Type:
 def bfloat16_pair(word: ir.Value) -> tuple[Lane, Lane]:
     """Two neighbouring bfloat16 in one int32, the first in the low half, in one instruction each."""
     pair = Lane(word, U32)
-    return tuple(
-        call("float32_of_bits", bits) for bits in (shift_left(pair, 16), pair & 0xFFFF0000)
-    )
+    low, high = shift_left(pair, 16), pair & 0xFFFF0000
+    return call("float32_of_bits", low), call("float32_of_bits", high)
 
 
 def widened(value: ir.Value, dtype: np.dtype) -> Lane:

@@ -175,7 +175,8 @@ class _Run:
 
     def _input(self, position: int, name: str) -> dict[Offsets, Item]:
         if name == "score":
-            return self.score
+            assert self.score is not None, "a mask_mod has no score"
+            return dict(self.score)
         if name in ("b", "h"):
             return {(): self.forms.base(self.scalars[name])}
         axis, rank = (0, ROW) if name == "q" else (1, COLUMN)
@@ -275,21 +276,23 @@ class _Run:
         if node.op in ("add", "sub") and node.dtype == I32:
             x, y = map(self._form, args)
             return self.forms.add(x, y, 1 if node.op == "add" else -1)
-        if not all(isinstance(a, Form) for a in args):
+        forms = [a for a in args if isinstance(a, Form)]
+        if not forms or len(forms) != len(args):
             return None
+        x, y = forms[0], forms[-1]
         match node.op:
-            case "add" | "sub" if args[0].real and args[1].real:
-                return self._exact(self.forms.add(*args, 1 if node.op == "add" else -1))
-            case "neg" if not args[0].real:
-                return self.forms.scale(args[0], -1)
-            case "mul" if node.dtype == I32:
-                for x, y in (args, args[::-1]):
-                    if not y.terms:
-                        return self.forms.scale(x, y.offset)
+            case "add" | "sub" if x.real and y.real:
+                return self._exact(self.forms.add(x, y, 1 if node.op == "add" else -1))
+            case "neg" if not x.real:
+                return self.forms.scale(x, -1)
+            case "mul" if node.dtype == I32 and not y.terms:
+                return self.forms.scale(x, y.offset)
+            case "mul" if node.dtype == I32 and not x.terms:
+                return self.forms.scale(y, x.offset)
             case "convert" if node.dtype == F32 and self.graph.nodes[node.args[0]].dtype == I32:
-                return self._exact(self.forms.as_real(args[0]))
-            case op if op in COMPARISONS and not args[0].real:
-                return self._compare(op, *args)
+                return self._exact(self.forms.as_real(x))
+            case op if op in COMPARISONS and not x.real:
+                return self._compare(op, x, y)
         return None
 
     def _exact(self, form: Form) -> Form | None:

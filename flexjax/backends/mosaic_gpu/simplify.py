@@ -109,10 +109,11 @@ def _without_factor_on_the_way_in(graph: Graph) -> tuple[Graph, float]:
     if score is None or score in graph.outputs:
         return graph, 1.0
     users = [i for i in _live(graph) if score in graph.nodes[i].args]
-    found = [_factor(graph, graph.nodes[i]) for i in users]
-    if not users or any(f is None or f[0] != score or f[1] != found[0][1] for f in found):
+    found = {_factor(graph, graph.nodes[i]) for i in users}
+    factor = found.pop() if len(found) == 1 else None
+    if factor is None or factor[0] != score:
         return graph, 1.0
-    return _redirected(graph, dict.fromkeys(users, score)), found[0][1]
+    return _redirected(graph, dict.fromkeys(users, score)), factor[1]
 
 
 def _redirected(graph: Graph, to: dict[int, int]) -> Graph:

@@ -141,10 +141,12 @@ def _erf_inv(o: Operands, x: Lane) -> Lane:
     w = -call("log1p", -(x * x))
     central = w < 5.0
     shifted = select(central, w - 2.5, call("sqrt", w) - 3.0)
-    p = None
-    for near, far in zip(_GILES_CENTRAL, _GILES_TAIL, strict=True):
-        coefficient = select(central, lanes.const(near, F32), far)
-        p = coefficient if p is None else call("fma", p, shifted, coefficient)
+    p, *rest = (
+        select(central, lanes.const(near, F32), far)
+        for near, far in zip(_GILES_CENTRAL, _GILES_TAIL, strict=True)
+    )
+    for coefficient in rest:
+        p = call("fma", p, shifted, coefficient)
     return select(lanes.compare("eq", call("abs", x), 1.0), x * np.inf, p * x)
 
 
