@@ -31,6 +31,7 @@ KEYS = (
     "spread",  # (slowest - fastest) / median of the rounds
     "tflops",  # from the blocks of 128 x 128 that the variant needs, whatever the peer visits
     "tbs",
+    "result_mb",  # of a block mask alone
     "peak_mb",
     "compile_s",
     "error",  # relative, against the float64 reference

@@ -3,6 +3,7 @@
     python benchmarks/run.py forward                      # everything that runs here
     python benchmarks/run.py forward --quick              # seconds, on a CPU too
     python benchmarks/run.py forward --shapes D128 --variants causal,soft_cap --peers flexjax,torch_flex
+    python benchmarks/run.py mask                         # building block masks
     python benchmarks/run.py plot                         # from the committed rows
 
 benchmarks/README.md says what is measured and how.
@@ -24,6 +25,7 @@ COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
+    "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

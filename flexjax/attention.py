@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from flexjax.backends.registry import check_request, select
-from flexjax.block_mask import BlockMask, create_block_mask
+from flexjax.block_creation import create_block_mask
+from flexjax.block_mask import BlockMask
 from flexjax.mods.trace import ScoreMod, index_ranges, trace_mask_mod, trace_score_mod
 from flexjax.mods.transform import rewrite_graph, rewrite_score_mod, shift_queries
 from flexjax.problem import BHLD, BLHD, BlockLists, Blocks, Operands, Problem

@@ -5,23 +5,27 @@ that hold an allowed position are listed: *partial* ones, where mask_mod decides
 from *full* ones, where every position is allowed. The backward pass walks the transposes: for every column,
 its rows.
 
-Nothing here is larger than one block row of the mask or one bit a block.
+Beside the lists themselves nothing here is larger than a byte a block, and a few megabytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int8, Int32
 
-from flexjax.mods.evaluate import evaluate, evaluate_numpy
-from flexjax.mods.graph import Graph
+from flexjax import _compat
+
+# States of a block. OPEN: not settled yet.
+EMPTY, PARTIAL, FULL, OPEN = np.int8(0), np.int8(1), np.int8(2), np.int8(3)
+
+# Lists are made for groups of rows of at most this many blocks; a CPU writes a group's intermediate results down.
+_GROUP, _CPU_GROUP = 1 << 20, 1 << 18
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,24 +56,155 @@ class Geometry:
         return cdiv(self.kv_len, self.kv_block)
 
 
-def lists_from_blocks(
-    listed: Bool[Any, "*rows cols"],
-) -> tuple[Int32[Any, "*rows"], Int32[Any, "*rows cols"]]:
-    """(counts, indices) of the listed blocks of every row, in ascending order.
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Partial and full blocks of every row, in one direction.
 
-    Entries past a row's count hold an arbitrary column inside the mask.
+    Attributes:
+        counts: int32 [..., rows], how many partial blocks each row has.
+        indices: int32 [..., rows, width], their columns, ascending; the last column past the count.
+        full_counts: int32 [..., rows], how many full blocks.
+        full_indices: int32 [..., rows, width], their columns.
+        overflow: bool scalar, whether any row has more than fit; False where all fit by construction.
     """
-    return _lists(listed, np) if isinstance(listed, np.ndarray) else _lists_jit(listed, jnp)
+
+    counts: Any
+    indices: Any
+    full_counts: Any
+    full_indices: Any
+    overflow: Any
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any, Any]:
+        return self.counts, self.indices, self.full_counts, self.full_indices
 
 
-def _lists(listed: Any, xp: Any) -> tuple[Any, Any]:
-    cols = listed.shape[-1]
-    column = xp.broadcast_to(xp.arange(cols, dtype=np.int32), listed.shape)
-    order = xp.sort(xp.where(listed, column, np.int32(cols)), axis=-1)
-    return listed.sum(-1, dtype=np.int32), xp.minimum(order, np.int32(cols - 1))
+def lists_from_states(
+    states: Int8[Any, "*rows cols"], widths: tuple[int, int] | None = None
+) -> Lists:
+    """Lists of the partial and full blocks of every row, from states as `block_states` gives them.
+
+    Args:
+        states: 0 for an empty block, 1 for a partial and 2 for a full one. A NumPy array gives NumPy lists.
+        widths: entries a row for partial and for full blocks; all columns if None. Of a row that has more the
+            first ones are kept.
+    """
+    *lead, cols = states.shape
+    widths = (cols, cols) if widths is None else widths
+    flat = states.reshape(-1, cols)
+    made = _lists_on_host(flat, widths) if isinstance(states, np.ndarray) else _lists(flat, widths)
+    counts, indices, full_counts, full_indices, overflow = made
+    return Lists(
+        counts.reshape(lead),
+        indices.reshape(*lead, widths[0]),
+        full_counts.reshape(lead),
+        full_indices.reshape(*lead, widths[1]),
+        overflow,
+    )
 
 
-_lists_jit = jax.jit(_lists, static_argnums=1)
+def most_blocks(states: Int8[Any, "*rows cols"]) -> tuple[int, int]:
+    """How many partial and how many full blocks the rows with most of them have; needs concrete states."""
+    most = _most_blocks(states) if isinstance(states, jax.Array) else _counts(states)
+    return int(most[0]), int(most[1])
+
+
+def _counts(states: Any) -> list[Any]:
+    return [(states == state).sum(-1, dtype=np.int32).max() for state in (PARTIAL, FULL)]
+
+
+_most_blocks = jax.jit(_counts)
+
+
+def _group(rows: int, cols: int, blocks: int) -> int:
+    return min(rows, max(1, blocks // cols))
+
+
+@partial(jax.jit, static_argnums=1)
+def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
+    rows, cols = states.shape
+    blocks = _CPU_GROUP if jax.default_backend() == "cpu" else _GROUP
+    group = _group(rows, cols, blocks)
+
+    def step(i: Any, lists: Any) -> Any:
+        # The last group begins earlier and lists some rows again, rather than being padded.
+        start = jnp.minimum(i * group, rows - group)
+        part = jax.lax.dynamic_slice_in_dim(states, start, group)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(old, new, start, 0)
+            for old, new in zip(lists, _compacted(part, widths), strict=True)
+        ]
+
+    lists = [jnp.zeros(s, jnp.int32) for w in widths for s in ((rows,), (rows, w))]
+    lists = [_compat.like_varying(x, states) for x in lists]
+    lists = (
+        step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
+    )
+    partial, indices, full, full_indices = lists
+    overflow = (partial > widths[0]).any() | (full > widths[1]).any()
+    partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])
+    return partial, indices, full, full_indices, overflow
+
+
+def _compacted(states: Any, widths: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """(count, indices) of the partial and of the full blocks of every row.
+
+    A block's place in its list is the number of blocks of its state before it: those in the words of 32 blocks
+    before its own, summed up a row, and the set bits below its own in its word. Nothing is sorted, and one
+    scatter writes both lists, for no block is in both.
+    """
+    rows, cols = states.shape
+    words = cdiv(cols, 32)
+    states = jnp.pad(states, ((0, 0), (0, words * 32 - cols))).reshape(rows, words, 32)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+    target = jnp.broadcast_to(jnp.int32(rows * sum(widths)), states.shape)  # outside: not listed
+    counts = []
+    for state, width, offset in zip((PARTIAL, FULL), widths, (0, rows * widths[0]), strict=True):
+        listed = states == state
+        count, rank = _ranks(listed)
+        target = jnp.where(listed & (rank < width), offset + row * width + rank, target)
+        counts.append(count)
+    column = jnp.arange(words * 32, dtype=jnp.int32).reshape(1, words, 32)
+    lists = jnp.full(rows * sum(widths), cols - 1, jnp.int32)
+    lists = lists.at[target.reshape(-1)].set(
+        jnp.broadcast_to(column, target.shape).reshape(-1), mode="drop", unique_indices=True
+    )
+    partial, full = jnp.split(lists, [rows * widths[0]])
+    return counts[0], partial.reshape(rows, -1), counts[1], full.reshape(rows, -1)
+
+
+def _ranks(listed: Any) -> tuple[Any, Any]:
+    """(listed blocks in every row, listed blocks before each block of its row), of [rows, words, 32]."""
+    place = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
+    word = (listed.astype(jnp.uint32) << place).sum(-1, dtype=jnp.uint32)
+    ends = jnp.cumsum(_bit_count(word), -1, dtype=jnp.int32)
+    before = (ends - _bit_count(word))[..., None]
+    return ends[:, -1], before + _bit_count(word[..., None] & ((np.uint32(1) << place) - 1))
+
+
+def _bit_count(words: Any) -> Any:
+    return jax.lax.population_count(words).astype(jnp.int32)
+
+
+def _lists_on_host(states: np.ndarray, widths: tuple[int, int]) -> tuple[Any, ...]:
+    rows, cols = states.shape
+    lists: list[np.ndarray] = []
+    overflow = False
+    for state, width in zip((PARTIAL, FULL), widths, strict=True):
+        counts = np.empty(rows, np.int32)
+        indices = np.full((rows, width), cols - 1, np.int32)
+        group = _group(rows, cols, _CPU_GROUP)
+        for start in range(0, rows, group):
+            part = slice(start, start + group)
+            row, col = np.nonzero(states[part] == state)
+            found = np.bincount(row, minlength=indices[part].shape[0])
+            counts[part] = found
+            rank = np.arange(row.size) - (np.cumsum(found) - found)[row]
+            fits = rank < width
+            indices[part][row[fits], rank[fits]] = col[fits]
+        overflow = overflow or bool(counts.max() > width)
+        lists += [np.minimum(counts, width), indices]
+    return *lists, np.bool_(overflow)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -86,98 +221,15 @@ def blocks_from_lists(
     return dense.reshape(*counts.shape, cols)
 
 
-def classify(
-    graph: Graph, captures: Sequence[Any], geometry: Geometry, batch: int, heads: int
-) -> tuple[Array, Array]:
-    """Which blocks are partial and which are full, [batch, heads, rows, cols] bool each.
-
-    Evaluates one block row of the mask at a time. A block that sticks out over the last key is never full:
-    the kernels then need no bounds check in full blocks. Queries past the end do not count either way.
-    """
-    return _classify(graph, tuple(captures), geometry, batch, heads)
-
-
-def _row_inputs(geometry: Geometry, xp: Any) -> tuple[Any, Any, Any]:
-    """(key indices kept inside the mask, which of them are real, offsets of queries in a block)."""
-    kv = xp.arange(geometry.cols * geometry.kv_block, dtype=np.int32)
-    offsets = xp.arange(geometry.q_block, dtype=np.int32)
-    return xp.minimum(kv, np.int32(geometry.kv_len - 1)), kv < geometry.kv_len, offsets
-
-
-def _summarise(allowed: Any, real_q: Any, real_kv: Any, geometry: Geometry) -> tuple[Any, Any]:
-    """(any, all) over each block of a block row.
-
-    Args:
-        allowed: bool, broadcastable to [q_block, cols * kv_block].
-        real_q: bool [q_block], which queries are inside the mask.
-        real_kv: bool [cols * kv_block], which keys are.
-        geometry: the tiling.
-    """
-    xp = np if isinstance(allowed, np.ndarray) else jnp
-    allowed = xp.broadcast_to(allowed, (geometry.q_block, real_kv.shape[0]))
-    real_q = real_q[:, None]
-    # Over the queries first: reductions along rows of memory are the fast ones.
-    some = (allowed & real_q).any(0) & real_kv
-    whole = (allowed | ~real_q).all(0) & real_kv
-    blocks = (geometry.cols, geometry.kv_block)
-    return some.reshape(blocks).any(1), whole.reshape(blocks).all(1)
-
-
-@partial(jax.jit, static_argnums=(0, 2, 3, 4))
-def _classify(
-    graph: Graph, captures: tuple[Any, ...], geometry: Geometry, batch: int, heads: int
-) -> tuple[Array, Array]:
-    kv, real_kv, offsets = _row_inputs(geometry, jnp)
-
-    def block_row(where: Mapping[str, Any]) -> tuple[Array, Array]:
-        q = where["row"] * geometry.q_block + offsets
-        inputs = {
-            "b": where["b"],
-            "h": where["h"],
-            "q": jnp.minimum(q, geometry.q_len - 1)[:, None],
-            "kv": kv[None, :],
-        }
-        (allowed,) = evaluate(graph, captures, inputs)
-        return _summarise(allowed, q < geometry.q_len, real_kv, geometry)
-
-    # A mask that does not depend on b or h is evaluated for one of them only.
-    n_batch = batch if "b" in graph.depends else 1
-    n_heads = heads if "h" in graph.depends else 1
-    b, h, row = jnp.meshgrid(
-        *(jnp.arange(n, dtype=jnp.int32) for n in (n_batch, n_heads, geometry.rows)), indexing="ij"
-    )
-    where = {"b": b.reshape(-1), "h": h.reshape(-1), "row": row.reshape(-1)}
-    some, whole = jax.lax.map(block_row, where)
-    shape = (n_batch, n_heads, geometry.rows, geometry.cols)
-    target = (batch, heads, geometry.rows, geometry.cols)
-    some, whole = (jnp.broadcast_to(x.reshape(shape), target) for x in (some, whole))
-    return some & ~whole, whole
-
-
-def classify_on_host(
-    graph: Graph, geometry: Geometry, batch: int, heads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`classify` for a mask without captures, with NumPy: usable while JAX is tracing.
-
-    Raises:
-        NotImplementedError: the mask uses an operation that NumPy does not have.
-    """
-    kv, real_kv, offsets = _row_inputs(geometry, np)
-    n_batch = batch if "b" in graph.depends else 1
-    n_heads = heads if "h" in graph.depends else 1
-    shape = (n_batch, n_heads, geometry.rows, geometry.cols)
-    some, whole = np.empty(shape, bool), np.empty(shape, bool)
-    for b, h, row in np.ndindex(*shape[:3]):
-        q = (row * geometry.q_block + offsets).astype(np.int32)
-        inputs = {
-            "b": np.int32(b),
-            "h": np.int32(h),
-            "q": np.minimum(q, geometry.q_len - 1)[:, None],
-            "kv": kv[None, :],
-        }
-        (allowed,) = evaluate_numpy(graph, (), inputs)
-        some[b, h, row], whole[b, h, row] = _summarise(
-            np.asarray(allowed), q < geometry.q_len, real_kv, geometry
-        )
-    target = (batch, heads, geometry.rows, geometry.cols)
-    return np.broadcast_to(some & ~whole, target), np.broadcast_to(whole, target)
+@partial(jax.jit, static_argnums=4)
+def states_from_lists(
+    counts: Int32[Array, "B H R"],
+    indices: Int32[Array, "B H R W"],
+    full_counts: Int32[Array, "B H R"],
+    full_indices: Int32[Array, "B H R V"],
+    cols: int,
+) -> Int8[Array, "B H R C"]:
+    """The states of all blocks, from lists in any order; a block that is listed as both is full."""
+    partial = blocks_from_lists(counts, indices, cols)
+    full = blocks_from_lists(full_counts, full_indices, cols)
+    return jnp.where(full, FULL, jnp.where(partial, PARTIAL, EMPTY))

@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, plots, records, reference, run, settings, table, targets, tune
+from benchmarks import (
+    mask,
+    peers,
+    plots,
+    records,
+    reference,
+    run,
+    settings,
+    table,
+    targets,
+    tune,
+)
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
 from benchmarks.timing import Plan, interleaved
@@ -530,3 +541,31 @@ def test_tuning_combines_options():
     assert "flexjax/mosaic_gpu warpgroups=3 persistent=False" in names
     assert len(names) == len(set(names)) == 1 + 3 * 2
     assert set(tune.OPTIONS) <= set(mosaic_gpu.OPTIONS)
+
+
+# -- block masks ------------------------------------------------------------------------------------
+
+
+def test_mask_suite(tmp_path, capsys):
+    options = ["--quick", "--lengths", "200", "--block-sizes", "16,32", "--out", str(tmp_path)]
+    assert run.main(["mask", *options]) == 0
+    (file,) = tmp_path.iterdir()
+    rows = records.read([file])
+    assert len(rows) == 2 * (3 + 2)  # the host builds no mask that captures ids
+    assert {row["suite"] for row in rows} == {"mask"}
+    assert {row["peer"] for row in rows} == {"flexjax", "flexjax/host"}
+    for row in rows:
+        assert row["ms"] > 0
+        assert "failure" not in row
+        assert row["peer"] == "flexjax/host" or row["peak_mb"] >= row["result_mb"] > 0
+    assert "flexjax/host" in capsys.readouterr().out
+
+
+def test_mask_suite_gives_no_time_to_a_wrong_mask(monkeypatch, tmp_path):
+    monkeypatch.setattr(mask, "visited", lambda case: np.zeros(case.blocks, int))
+    options = ["--quick", "--lengths", "64", "--variants", "causal", "--out", str(tmp_path)]
+    assert run.main(["mask", *options]) == 1
+    (file,) = tmp_path.iterdir()
+    for row in records.read([file]):
+        assert "ms" not in row
+        assert "wrong result" in row["failure"]

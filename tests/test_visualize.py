@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import flexjax
-from flexjax import masks, scores, visualize
-from flexjax.block_mask import create_block_mask
+from flexjax import create_block_mask, masks, scores, visualize
 
 mpl.use("Agg")
 

@@ -1,4 +1,9 @@
-"""Packed documents: attention stays inside a document."""
+"""Packed documents: attention stays inside a document.
+
+A block mask of documents takes O(S + blocks) work, whatever they are given by: `create_block_mask` compares the
+least and the greatest id of a block of queries with those of a block of keys, which settles every block if the
+ids never decrease. Ids in another order are as correct, but more blocks are looked into.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexjax import _compat
-from flexjax.mods.graph import Graph, Opaque
+from flexjax.mods.graph import Graph, Node, Opaque
 from flexjax.mods.ops import OPS
 
 
@@ -44,7 +44,7 @@ def evaluate(graph: Graph, captures: Sequence[Any], inputs: Mapping[str, Any]) -
             case "opaque":
                 value = _call_opaque(node["jaxpr"], captures, inputs).astype(node.dtype)
             case _:
-                value = OPS[node.op].jax(dict(node.params), *_broadcast(args))
+                value = apply(node, args)
         values.append(value)
     return [values[o] for o in graph.outputs]
 
@@ -69,13 +69,26 @@ def evaluate_numpy(graph: Graph, captures: Sequence[Any], inputs: Mapping[str, A
                     clipped = [np.clip(i, 0, n - 1) for i, n in zip(args, array.shape, strict=True)]
                     value = array[tuple(clipped)]
                 case _:
-                    numpy_fn = OPS[node.op].numpy if node.op in OPS else None
-                    if numpy_fn is None:
-                        raise NotImplementedError(f"{node.op} has no NumPy counterpart.")
-                    value = np.asarray(numpy_fn(dict(node.params), *args))
-                    value = value.astype(node.dtype, copy=False)
+                    value = apply_numpy(node, args)
             values.append(value)
     return [values[o] for o in graph.outputs]
+
+
+def apply(node: Node, args: list[Any]) -> Any:
+    """One elementwise operation with JAX, of operands that broadcast."""
+    return OPS[node.op].jax(dict(node.params), *_broadcast(args))
+
+
+def apply_numpy(node: Node, args: list[Any]) -> Any:
+    """One elementwise operation with NumPy.
+
+    Raises:
+        NotImplementedError: it has no exact NumPy counterpart.
+    """
+    numpy_fn = OPS[node.op].numpy if node.op in OPS else None
+    if numpy_fn is None:
+        raise NotImplementedError(f"{node.op} has no NumPy counterpart.")
+    return np.asarray(numpy_fn(dict(node.params), *args)).astype(node.dtype, copy=False)
 
 
 def _broadcast(args: list[Any]) -> list[Any]:

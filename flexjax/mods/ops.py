@@ -82,6 +82,25 @@ def _select_numpy(params: Params, which: Any, *cases: Any) -> Any:
     return np.choose(np.asarray(which).astype(np.int32), cases)
 
 
+def _shift_numpy(op: str) -> Callable[..., Any]:
+    """XLA's shifts: an amount that is negative or as large as the word shifts everything out."""
+
+    def shift(x: Any, by: Any) -> Any:
+        dtype = np.asarray(x).dtype
+        bits = 8 * dtype.itemsize
+        inside = (by >= 0) & (by < bits)
+        if op == "arithmetic":  # of unsigned words too it repeats the highest bit
+            signed = np.asarray(x).view(f"i{dtype.itemsize}")
+            by = np.where(inside, by, bits - 1).astype(signed.dtype)
+            return np.right_shift(signed, by).view(dtype)
+        unsigned = np.asarray(x).view(f"u{dtype.itemsize}")
+        by = np.where(inside, by, 0).astype(unsigned.dtype)
+        shifted = unsigned << by if op == "left" else unsigned >> by
+        return np.where(inside, shifted, 0).astype(unsigned.dtype).view(dtype)
+
+    return shift
+
+
 def _round_jax(params: Params, x: Any) -> Any:
     return lax.round(x, lax.RoundingMethod(params["rounding_method"]))
 
@@ -151,9 +170,9 @@ OPS: dict[str, Op] = {
     "or": _plain(lax.bitwise_or, np.bitwise_or),
     "xor": _plain(lax.bitwise_xor, np.bitwise_xor),
     "not": _plain(lax.bitwise_not, np.invert),
-    "shift_left": _plain(lax.shift_left),
-    "shift_right_logical": _plain(lax.shift_right_logical),
-    "shift_right_arithmetic": _plain(lax.shift_right_arithmetic),
+    "shift_left": _plain(lax.shift_left, _shift_numpy("left")),
+    "shift_right_logical": _plain(lax.shift_right_logical, _shift_numpy("logical")),
+    "shift_right_arithmetic": _plain(lax.shift_right_arithmetic, _shift_numpy("arithmetic")),
     "population_count": _plain(lax.population_count),
     "clz": _plain(lax.clz),
     "eq": _plain(lax.eq, np.equal),

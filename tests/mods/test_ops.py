@@ -19,10 +19,11 @@ PARAMS = {
     "round": [{"rounding_method": int(m)} for m in lax.RoundingMethod],
     "convert": [{"dtype": d} for d in ("int32", "float32", "bfloat16", "bool")],
 }
-INTEGER_ONLY = {"and", "or", "xor", "not"}
+SHIFTS = {"shift_left", "shift_right_logical", "shift_right_arithmetic"}
+LOGIC = {"and", "or", "xor", "not"}
 BOTH = {"add", "sub", "mul", "div", "rem", "max", "min", "neg", "sign", "abs", "square", "clamp"}
 BOTH |= COMPARISONS | {"select_n", "integer_pow", "convert", "stop_gradient"}
-ARITY = {"clamp": 3, "select_n": 3} | dict.fromkeys(COMPARISONS | {"and", "or", "xor"}, 2)
+ARITY = {"clamp": 3, "select_n": 3} | dict.fromkeys(COMPARISONS | SHIFTS | {"and", "or", "xor"}, 2)
 ARITY |= dict.fromkeys(["add", "sub", "mul", "div", "rem", "max", "min"], 2)
 
 
@@ -30,8 +31,8 @@ def cases():
     for name, op in OPS.items():
         if op.numpy is None:
             continue
-        kinds = {"bool": BOOLS, "int": INTEGERS} if name in INTEGER_ONLY else {"float": FLOATS}
-        kinds |= {"int": INTEGERS} if name in BOTH else {}
+        kinds = {"bool": BOOLS} if name in LOGIC else {} if name in SHIFTS else {"float": FLOATS}
+        kinds |= {"int": INTEGERS} if name in BOTH | LOGIC | SHIFTS else {}
         for (kind, values), params in itertools.product(kinds.items(), PARAMS.get(name, [{}])):
             shown = "-".join([name, kind, *map(str, params.values())])
             yield pytest.param(name, values, params, id=shown)
@@ -83,3 +84,14 @@ def test_kinds_of_types(dtype, kinds):
         n for n, f in (("integer", is_integer), ("bool", is_bool), ("float", is_float)) if f(dtype)
     ]
     assert found == ([kinds] if kinds != "none" else [])
+
+
+@pytest.mark.parametrize("name", sorted(SHIFTS))
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_shifts_of_other_words(name, dtype):
+    values = np.array([0, 1, 3, 100, 127, 128, 200, 255]).astype(dtype)
+    x, by = (g.reshape(-1) for g in np.meshgrid(values, np.arange(0, 40, 3).astype(dtype)))
+    expected = np.asarray(OPS[name].jax({}, jnp.asarray(x), jnp.asarray(by)))
+    actual = OPS[name].numpy({}, x, by)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
