@@ -31,7 +31,8 @@ class TileInputs:
     """One tile of scores, as a kernel knows it.
 
     Attributes:
-        score: float32 scores [q_size, kv_size] in `layout`; None for a mask_mod.
+        score: float32 scores [q_size, kv_size] in `layout`, [kv_size, q_size] if transposed; None for a
+            mask_mod.
         b, h: int32 scalars.
         q_start, kv_start: int32 scalars, indices of the first query and key; multiples of the sizes.
         q_size, kv_size: static size of the tile.
@@ -39,7 +40,8 @@ class TileInputs:
             does not divide them, indices are clamped for loads: nothing is read out of bounds, and what is
             computed out there is to be discarded. A multiple of the size promises that no tile sticks out.
         layout: layout of tiles; rows (one value a query) have `layout.reduce(1)`, columns
-            `layout.reduce(0)`.
+            `layout.reduce(0)`, and the other way round if transposed.
+        transposed: whether the tile's first axis is that of the keys.
         approx_math: approximate transcendental functions and divisions, good enough for bfloat16 inputs.
         interpret: plain JAX operations only, for the Mosaic interpreter on the CPU.
     """
@@ -54,6 +56,7 @@ class TileInputs:
     q_limit: int
     kv_limit: int
     layout: Any = plgpu.Layout.WGMMA
+    transposed: bool = False
     approx_math: bool = False
     interpret: bool = False
 
@@ -66,6 +69,7 @@ class TileInputs:
             self.kv_limit,
             self.layout,
             self.approx_math,
+            self.transposed,
         )
 
     def scalar(self, name: str) -> jax.Array:
@@ -78,7 +82,7 @@ class TileValue:
 
     Attributes:
         value: an array of the rank's shape: () for `scalar`, (q_size,) for `row`, (kv_size,) for `column`,
-            (q_size, kv_size) for `tile`. Float16 and bfloat16 values are carried in float32, narrow integers
+            (q_size, kv_size) for `tile`, or its transpose. Float16 and bfloat16 values are carried in float32, narrow integers
             in 32 bits.
         rank: one of `scalar`, `row`, `column`, `tile`.
     """
@@ -91,7 +95,7 @@ def broadcast(value: TileValue, rank: str, inputs: TileInputs) -> jax.Array:
     """A value as an array of a higher (or its own) rank."""
     if value.rank == rank:
         return value.value
-    dims = {SCALAR: (), ROW: (0,), COLUMN: (1,)}[value.rank]
+    dims = () if value.rank == SCALAR else (inputs.type.axis_of(value.rank),)
     array = lax.broadcast_in_dim(value.value, inputs.type.shape_of(rank), dims)
     return plgpu.layout_cast(array, inputs.type.layout_of(rank))
 

@@ -42,16 +42,22 @@ class TileType:
     kv_limit: int
     layout: Any
     approx: bool
+    transposed: bool = False
+
+    def axis_of(self, rank: str) -> int:
+        """The axis of a tile along which values of rank `row` (one a query) or `column` (one a key) vary."""
+        return int((rank == COLUMN) != self.transposed)
 
     def shape_of(self, rank: str) -> tuple[int, ...]:
         sizes = {SCALAR: (), ROW: (self.q_size,), COLUMN: (self.kv_size,)}
-        return sizes.get(rank, (self.q_size, self.kv_size))
+        whole = (self.q_size, self.kv_size)
+        return sizes.get(rank, whole[::-1] if self.transposed else whole)
 
     def layout_of(self, rank: str) -> Any:
         """Layout of values of a rank; scalars have none."""
         if rank == SCALAR:
             return None
-        return {ROW: self.layout.reduce(1), COLUMN: self.layout.reduce(0), TILE: self.layout}[rank]
+        return self.layout if rank == TILE else self.layout.reduce(1 - self.axis_of(rank))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +124,11 @@ class _Run:
         self.score = None if score is None else placement.unpack(score, F32)
         layout, shape = self.tile.layout.to_mgpu(), self.tile.shape_of(TILE)
         places = [o for register in placement.static_offsets(layout, shape) for o in register]
-        rows, columns = (sorted({o[axis] for o in places}) for axis in (0, 1))
-        self.offsets: dict[str, list[Offsets]] = {
-            SCALAR: [()],
-            ROW: [(r,) for r in rows],
-            COLUMN: [(c,) for c in columns],
-            TILE: sorted(places),
-        }
-        # Pairs of neighbouring keys start at even ones.
+        self.offsets: dict[str, list[Offsets]] = {SCALAR: [()], TILE: sorted(places)}
+        for rank in (ROW, COLUMN):
+            axis = self.tile.axis_of(rank)
+            self.offsets[rank] = [(i,) for i in sorted({o[axis] for o in places})]
+        # Pairs of neighbouring columns start at even ones.
         self._alignment = layout.vector_length if (0, 1) in places else 1
         self._origin = placement.origin(layout, shape)
         self._clamped = self._index_cone()
@@ -178,8 +181,11 @@ class _Run:
             return self.score
         if name in ("b", "h"):
             return {(): self.forms.base(self.scalars[name])}
-        axis, rank = (0, ROW) if name == "q" else (1, COLUMN)
-        size, limit = self.tile.shape_of(TILE)[axis], (self.tile.q_limit, self.tile.kv_limit)[axis]
+        rank, limit = (
+            (ROW, self.tile.q_limit) if name == "q" else (COLUMN, self.tile.kv_limit)
+        )
+        axis = self.tile.axis_of(rank)
+        size = self.tile.shape_of(TILE)[axis]
         bound = max(limit, _LENGTH_FLOOR)
         alignment = self._alignment if axis == 1 else 1
         start = self.forms.base(self.scalars[f"{name}_start"], bound, size)
@@ -199,7 +205,7 @@ class _Run:
         if rank == SCALAR:
             return self.values[position][()]
         if len(offsets) == 2 and rank != TILE:
-            offsets = (offsets[0 if rank == ROW else 1],)
+            offsets = (offsets[self.tile.axis_of(rank)],)
         return self.values[position][offsets]
 
     def _load(self, node: Node) -> dict[Offsets, Item]:
