@@ -98,8 +98,7 @@ def _kind(gradient: Gradient, number: int) -> str:
 
 
 def _indices(gradient: Gradient, number: int) -> Graph:
-    outputs = tuple(gradient.graph.outputs[i] for i in gradient.loads[number].indices)
-    return dataclasses.replace(gradient.graph, outputs=outputs)
+    return gradient.graph.with_outputs(*gradient.loads[number].indices)
 
 
 # Integers as a q + c kv + (something that depends on neither); a function of q - kv; anything.

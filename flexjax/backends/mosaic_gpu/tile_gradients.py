@@ -152,7 +152,7 @@ class TileGradients:
             if scores.graph is not None:
                 (y,) = self._on_tile(scores.graph, score_captures, self._inputs(y, place))
         else:
-            graph = _with_outputs(gradient.graph, (0, 1))
+            graph = gradient.graph.with_outputs(0, 1)
             (y, weight), factor = self._on_tile(graph, score_captures, self._inputs(scaled, place)), 1.0
         p = self._exponentials(y, lse, factor * LOG2_E)
         if self.queries_overhang and self.problem.score is not None:
@@ -209,7 +209,7 @@ class TileGradients:
             if _is_one(graph, load.derivative):
                 loads.append(dy)
                 continue
-            wanted = _with_outputs(graph, (load.derivative,))
+            wanted = graph.with_outputs(load.derivative)
             (derivative,) = self._on_tile(wanted, score_captures, self._inputs(scores, place))
             loads.append(self._times(p, dy, derivative, graph, load.derivative))
         return Cotangents(ds, tuple(loads))
@@ -224,7 +224,9 @@ class TileGradients:
     def load_indices(self, load: int, place: Place, score_captures: Any) -> list[emit.TileValue]:
         """Indices of the element that a load reads."""
         graph = self.gradient.graph
-        wanted = _with_outputs(graph, self.gradient.loads[load].indices)
+        outputs = tuple(graph.outputs[o] for o in self.gradient.loads[load].indices)
+        # With all of the graph's nodes, which show that these are indices, to be kept inside the array.
+        wanted = dataclasses.replace(graph, outputs=outputs)
         return emit.evaluate_on_tile(wanted, score_captures, self._inputs(None, place))
 
     def _inputs(self, scores: Any, place: Place) -> emit.TileInputs:
@@ -246,10 +248,6 @@ class TileGradients:
     def _on_tile(self, graph: Graph, captures: Any, tile: emit.TileInputs) -> list[Any]:
         values = emit.evaluate_on_tile(graph, captures, tile)
         return [emit.broadcast(value, graphs.TILE, tile) for value in values]
-
-
-def _with_outputs(graph: Graph, outputs: tuple[int, ...]) -> Graph:
-    return dataclasses.replace(graph, outputs=tuple(graph.outputs[o] for o in outputs))
 
 
 def _is_one(graph: Graph, output: int) -> bool:
