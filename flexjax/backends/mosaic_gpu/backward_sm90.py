@@ -39,13 +39,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
+from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
 
@@ -98,9 +99,14 @@ def backward(
         tuple(key_sums for load in kernel.loads if load.kind == KEYS),
     )
     outputs = _launch(kernel, inputs, outputs)
-    (dq,) = (ref[...] for ref in inputs.dq)
-    if config.interpret:
-        dq = dq.sum(0)
+    loads, query_sums = kernel.loads, []
+    if config.deterministic:
+        dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
+    else:
+        dq = inputs.dq[0][...]
+        if config.interpret:
+            dq = dq.sum(0)
+        dq = (dq * problem.scale).astype(problem.q_dtype)
     dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
     dk, dv = (
         lax.slice_in_dim(x, 0, problem.kv_len, axis=q_axis)[..., :dim]
@@ -109,10 +115,50 @@ def backward(
     added = [ref[...] for ref in inputs.sums]
     kept = list(outputs.key_sums)
     sums = [(kept if load.kind == KEYS else added).pop(0) for load in kernel.loads]
+    dense = config.interpret and not config.deterministic
     captures = capture_gradients.finish(
-        problem, operands, kernel.loads, sums, config.interpret, config.deterministic
+        problem, operands, loads, [*sums, *query_sums], dense, config.deterministic
     )
-    return Gradients((dq * problem.scale).astype(problem.q_dtype), dk, dv, captures)
+    return Gradients(dq, dk, dv, captures)
+
+
+def _separate_dq(
+    kernel: Kernel, operands: Operands, inputs: Inputs
+) -> tuple[Any, tuple[capture_gradients.Load, ...], list[Any]]:
+    """(dQ, all loads, the sums of those that this kernel sums) by the kernel for dQ."""
+    problem, lists, config = kernel.problem, operands.lists, kernel.config.dq
+    assert config is not None, "the deterministic variant has a configuration for dQ"
+    apart = dq_sm90.Kernel(Schedule(problem, config))
+    axis = 1 if problem.layout == BLHD else 2
+    interpret, queries = config.interpret, apart.padded_queries
+
+    def fitted(x: Any, axis: int, length: int, fill: float = 0.0) -> Any:
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, max(length - x.shape[axis], 0))
+        return jnp.pad(x, padding, constant_values=fill)
+
+    keys = apart.schedule.kv_tiles * config.kv_tile
+    outputs = dq_sm90.launch(
+        apart,
+        dq_sm90.Inputs(
+            *(fitted(x, axis, queries if interpret else 0) for x in (inputs.query,)),
+            *(fitted(x, axis, keys if interpret else 0) for x in (inputs.key, inputs.value)),
+            fitted(inputs.d_out, axis, queries if interpret else 0),
+            fitted(inputs.lse, 2, queries, jnp.inf),
+            fitted(inputs.delta, 2, queries),
+            ()
+            if lists is None
+            else (
+                lists.kv_num_blocks,
+                lists.kv_indices,
+                lists.full_kv_num_blocks,
+                lists.full_kv_indices,
+            ),
+            inputs.score_captures,
+            inputs.mask_captures,
+        ),
+    )
+    return outputs.dq, (*kernel.loads, *apart.loads), list(outputs.query_sums)
 
 
 def _launch(kernel: Kernel, inputs: Inputs, outputs: Outputs) -> Outputs:

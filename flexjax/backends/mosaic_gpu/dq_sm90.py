@@ -280,7 +280,7 @@ class _Consumer:
         def step(masked: bool) -> Any:
             def run(i: Any, sums: Any) -> Any:
                 key = steps.first_key(i)
-                # Keys of a step that was moved back onto keys are beyond the end: see `_hidden`.
+                # A step wholly beyond the last key is moved back onto keys for all but its hiding.
                 place = Place(position.b, position.h, first, kernel.schedule.inside(key))
                 return self._step(i, place, key, dq, sums, lse, delta, masked)
 

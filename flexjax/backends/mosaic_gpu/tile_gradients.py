@@ -137,9 +137,26 @@ class TileGradients:
         return self._on_tile(mask, mask_captures, tile)[0]
 
     def probabilities(
-        self, raw: Any, lse: Any, place: Place, score_captures: Any, allowed: Any, masked: bool
+        self,
+        raw: Any,
+        lse: Any,
+        place: Place,
+        score_captures: Any,
+        allowed: Any,
+        masked: bool,
+        first_key: Any = None,
     ) -> Probabilities:
-        """Probabilities from the products x; `lse` has one value a query, in units of log2."""
+        """Probabilities from the products x.
+
+        Args:
+            raw: the products.
+            lse: the logsumexp, one value a query, in units of log2.
+            place: where the tile lies.
+            score_captures: what the score_mod reads.
+            allowed: what the mask allows, or None.
+            masked: whether positions may be hidden.
+            first_key: first key for telling which keys are past the end, where it is not that of `place`.
+        """
         gradient = self.gradient
         needs_scores = gradient is not None and any(
             "score" in gradient.graph.nodes[gradient.graph.outputs[load.derivative]].depends
@@ -164,7 +181,8 @@ class TileGradients:
             if self.keys_overhang:
                 axis = 0 if self.transposed else 1
                 offset = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
-                p = jnp.where(offset < self.problem.kv_len - place.key, p, 0.0)
+                end = self.problem.kv_len - (place.key if first_key is None else first_key)
+                p = jnp.where(offset < end, p, 0.0)
         if weight is not None and not gradient.loads:
             weight = self._times(p, p, weight, gradient.graph, 1)
         return Probabilities(p, weight, scaled if needs_scores else None)
