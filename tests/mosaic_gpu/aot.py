@@ -38,14 +38,17 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
     def bias(score, b, h, q_idx, kv_idx):
         import jax.numpy as jnp
 
-        return score + jnp.zeros((heads, q_len, q_len))[h, q_idx, kv_idx]
+        return score + jnp.asarray(np.zeros((heads, q_len, q_len), np.float32))[h, q_idx, kv_idx]
 
     def vectors(score, b, h, q_idx, kv_idx):
         """A scalar a head, a number a query and a number a key."""
         import jax.numpy as jnp
 
-        by_query, by_key = jnp.zeros((heads, q_len)), jnp.ones((q_len,), jnp.bfloat16)
-        return score * jnp.ones((heads,))[h] + by_query[h, q_idx] * by_key[kv_idx]
+        gates, by_query, by_key = (
+            jnp.asarray(np.ones(shape, np.float32))
+            for shape in ((heads,), (heads, q_len), (q_len,))
+        )
+        return score * gates[h] + by_query[h, q_idx] * by_key[kv_idx]
 
     return {
         "noop": lambda: (None, None),

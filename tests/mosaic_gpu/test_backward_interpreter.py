@@ -38,7 +38,7 @@ def not_finite_where_masked(score, b, h, q_idx, kv_idx):
     """NaN where masked, and with an infinite derivative past the last query and key."""
     beyond = 1.0 / (69 - q_idx + 1) + jnp.sqrt(1.0 * (69 - kv_idx))
     bad = jnp.where(kv_idx % 2 == 0, jnp.nan, jnp.inf)
-    return jnp.where(kv_idx > q_idx, bad * score, score) + 0.1 * beyond
+    return score * jnp.where(kv_idx > q_idx, bad, 1.0) + 0.1 * beyond
 
 
 def finite(score, b, h, q_idx, kv_idx):

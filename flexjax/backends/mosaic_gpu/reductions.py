@@ -9,6 +9,7 @@ All functions here emit MLIR and PTX and run on the GPU only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,10 @@ from flexjax.backends.mosaic_gpu import lanes, placement, registers
 from flexjax.backends.mosaic_gpu.emit import TileValue
 from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
 from flexjax.backends.mosaic_gpu.registers import TILE
+from flexjax.mods.graph import COLUMN, ROW, SCALAR
+from flexjax.mods.graph import TILE as TILE_RANK
 
 _SPLAT = plgpu.Layout.WG_SPLAT
-_LANES_APART = (16, 8, 4)  # partners that differ in one bit of g, the highest first
-
-
-def _i32(value: int) -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(32), value)
 
 
 def _lane() -> tuple[Lane, Lane, Lane]:
@@ -55,14 +53,18 @@ def _pointer(ref: ir.Value, offset: Lane) -> ir.Value:
     return mgpu.utils.getelementptr(pointer, [wide], ir.MemRefType(ref.type).element_type)
 
 
-def _add(pointer: ir.Value, values: Sequence[ir.Value]) -> None:
+def _add(pointer: ir.Value, values: Sequence[ir.Value], unless_zero: bool = False) -> None:
     """Adds one number, or two neighbouring ones of which the first is aligned."""
-    pair = len(values) == 2
-    operands = "{$1, $2}" if pair else "$1"
+    if len(values) == 2:
+        code = "red.relaxed.gpu.global.add.v2.f32 [$0], {$1, $2};"
+    else:
+        code = "red.relaxed.gpu.global.add.f32 [$0], $1;"
+    if unless_zero:
+        code = "{ .reg .pred p; setp.neu.f32 p, $1, 0f00000000; @p " + code + " }"
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [pointer, *values],
-        f"red.relaxed.gpu.global.add{'.v2' if pair else ''}.f32 [$0], {operands};",
+        code,
         "l" + ",f" * len(values),
         has_side_effects=True,
     )
@@ -81,71 +83,69 @@ def _halved(values: list[Any], upper: Lane, distance: int) -> list[Any]:
 
 def add_column_sums(ref: Any, tile: jax.Array, start: jax.Array) -> None:
     """Adds the sums over a tile's rows, one number a column, to `ref[start:]`; `start` is even."""
+    types = (plgpu.RefType(), TILE, _SPLAT)
+    plgpu.inline_mgpu(arg_types=types)(emit_column_sums)(ref, tile, start)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, _SPLAT))
-    def add(_: Any, target: Any, x: Any, start: Any) -> None:
-        values = placement.unpack(x, F32)
-        columns = sorted({c for _, c in values})
-        rows = sorted({r for r, _ in values})
-        sums = []
-        for c in columns:
-            total = values[rows[0], c]
-            for r in rows[1:]:
-                total = total + values[r, c]
-            sums.append(total.ir)
-        _, g, t = _lane()
-        first = Lane(start.registers.item(), I32) + t * 2
-        for bit, distance in zip((4, 2, 1), _LANES_APART, strict=True):
-            upper = lanes.compare("ne", g & bit, 0)
-            step = columns[len(sums) // 2]
-            sums = _halved(sums, upper, distance)
-            first = first + lanes.select(upper, lanes.const(step, I32), 0)
-        for i in range(0, len(sums), 2):
-            _add(_pointer(target, first + columns[i]), sums[i : i + 2])
 
-    add(ref, tile, start)
+def emit_column_sums(_: Any, target: Any, x: Any, start: Any) -> None:
+    values = placement.unpack(x, F32)
+    rows, columns = (sorted({offsets[axis] for offsets in values}) for axis in range(2))
+    sums = []
+    for c in columns:
+        total = values[rows[0], c]
+        for r in rows[1:]:
+            total = total + values[r, c]
+        sums.append(total.ir)
+    _, g, t = _lane()
+    first = Lane(start.registers.item(), I32) + t * 2
+    for bit in (4, 2, 1):
+        upper = lanes.compare("ne", g & bit, 0)
+        step = columns[len(sums) // 2]
+        sums = _halved(sums, upper, 4 * bit)
+        first = first + lanes.select(upper, lanes.const(step, I32), 0)
+    for i in range(0, len(sums), 2):
+        _add(_pointer(target, first + columns[i]), sums[i : i + 2])
 
 
 def add_diagonal_sums(ref: Any, tile: jax.Array, zero: jax.Array) -> None:
     """Adds the sums along a tile's diagonals to `ref`: those of column - row = d at `ref[zero + d]`.
 
-    `zero` is an odd number. Some zeros are added up to 64 places before and 128 behind those of the tile.
-
-    A thread first sums its own diagonals. In list element (m, e) of lane (g, t) it then has the diagonal
-    8 m + e + 2 t - g - 8; shifted by 7 - g places, all lanes of equal t hold equal diagonals at equal
-    positions, and can be summed. The shift is made bit by bit, each before the round that sums over that bit of g.
+    `zero` is odd. Zeros are added up to 64 places before those of the tile and 128 behind.
     """
+    types = (plgpu.RefType(), TILE, _SPLAT)
+    plgpu.inline_mgpu(arg_types=types)(emit_diagonal_sums)(ref, tile, zero)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, _SPLAT))
-    def add(_: Any, target: Any, x: Any, zero: Any) -> None:
-        values = placement.unpack(x, F32)
-        own: dict[int, Lane] = {}
-        for (r, c), value in sorted(values.items()):
-            own[c - r] = own[c - r] + value if c - r in own else value
-        warp, g, t = _lane()
-        # Pairs (e = 0, 1) of the diagonals 8 m - 8 + e.
-        pairs = [[own[d].ir, own[d + 1].ir] for d in range(min(own), max(own), 8)]
-        first = Lane(zero.registers.item(), I32) - 15 - warp * 16 + t * 2
-        nothing = registers.f32(0.0)
-        for bit, shift in ((1, _shifted_by_1), (2, _shifted_by_2), (4, _shifted_by_4)):
-            upper = lanes.compare("ne", g & bit, 0)
-            moved = shift(pairs, t)
-            stayed = [*pairs, [nothing, nothing]]
-            pairs = [
-                [arith.select(upper.ir, s, m) for s, m in zip(*both, strict=True)]
-                for both in zip(stayed, moved, strict=True)
-            ]
-            if len(pairs) % 2:
-                pairs.append([nothing, nothing])
-            half = len(pairs) // 2
-            flat = [v for pair in pairs for v in pair]
-            flat = _halved(flat, upper, 4 * bit)
-            pairs = [flat[i : i + 2] for i in range(0, len(flat), 2)]
-            first = first + lanes.select(upper, lanes.const(8 * half, I32), 0)
-        for m, pair in enumerate(pairs):
-            _add(_pointer(target, first + 8 * m), pair)
 
-    add(ref, tile, zero)
+def emit_diagonal_sums(_: Any, target: Any, x: Any, zero: Any) -> None:
+    """See `add_diagonal_sums`.
+
+    A thread first sums its own diagonals. Element (m, e) of lane (g, t)'s list is then the diagonal
+    8 m + e + 2 t - g - 8 of the warp's 16 rows. Moved by 7 - g places to the right, as one sequence over m, t and e,
+    all lanes hold equal diagonals at equal positions, and can be summed. The lists are moved bit by bit, each bit
+    before the round that sums over that bit of g.
+    """
+    own: dict[int, Lane] = {}
+    for (r, c), value in sorted(placement.unpack(x, F32).items()):
+        own[c - r] = own[c - r] + value if c - r in own else value
+    warp, g, t = _lane()
+    pairs = [[own[d].ir, own[d + 1].ir] for d in range(min(own), max(own), 8)]
+    first = Lane(zero.registers.item(), I32) - 15 - warp * 16 + t * 2
+    nothing = registers.f32(0.0)
+    for bit, moved in ((1, _moved_by_1), (2, _moved_by_2), (4, _moved_by_4)):
+        upper = lanes.compare("ne", g & bit, 0)
+        both = zip([*pairs, [nothing, nothing]], moved(pairs, t), strict=True)
+        pairs = [
+            [arith.select(upper.ir, s, m) for s, m in zip(stays, moves, strict=True)]
+            for stays, moves in both
+        ]
+        if len(pairs) % 2:
+            pairs.append([nothing, nothing])
+        step = 8 * (len(pairs) // 2)
+        sums = _halved([v for pair in pairs for v in pair], upper, 4 * bit)
+        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
+        first = first + lanes.select(upper, lanes.const(step, I32), 0)
+    for m, pair in enumerate(pairs):
+        _add(_pointer(target, first + 8 * m), pair)
 
 
 # A list of pairs, as columns 8 m + 2 t + e over the four lanes of a row, moved to the right and one pair longer.
@@ -178,19 +178,19 @@ def _from_left(value: ir.Value) -> ir.Value:
     return arith.bitcast(ir.F32Type.get(), moved)
 
 
-def _shifted_by_1(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
+def _moved_by_1(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
     left = _carried([_from_left(p[1]) for p in pairs], lanes.compare("eq", t, 0))
     own = [*(p[0] for p in pairs), registers.f32(0.0)]
     return [list(pair) for pair in zip(left, own, strict=True)]
 
 
-def _shifted_by_2(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
+def _moved_by_2(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
     first = lanes.compare("eq", t, 0)
     columns = (_carried([_from_left(p[e]) for p in pairs], first) for e in range(2))
     return [list(pair) for pair in zip(*columns, strict=True)]
 
 
-def _shifted_by_4(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
+def _moved_by_4(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
     columns = (_carried([_partner(p[e], 2) for p in pairs], t < 2) for e in range(2))
     return [list(pair) for pair in zip(*columns, strict=True)]
 
@@ -207,26 +207,33 @@ def add_elements(
         tile: what is added.
         transposed: whether the tile is [keys, queries].
     """
-    axes = {"row": int(transposed), "column": int(not transposed)}
-    ranks = [i.rank for i in indices]
-    layouts = [
-        TILE if r == "tile" else TILE.reduce(1 - axes[r]) if r in axes else _SPLAT for r in ranks
+    axes = {ROW: int(transposed), COLUMN: int(not transposed)}
+    layouts = {SCALAR: _SPLAT, TILE_RANK: TILE}
+    layouts |= {rank: TILE.reduce(1 - axis) for rank, axis in axes.items()}
+    ranks = tuple(index.rank for index in indices)
+    types = (plgpu.RefType(), TILE, *(layouts[rank] for rank in ranks))
+    emit = functools.partial(emit_elements, ranks, tuple(strides), axes)
+    arrays = (index.value.astype(jnp.int32) for index in indices)
+    plgpu.inline_mgpu(arg_types=types)(emit)(ref, tile, *arrays)
+
+
+def emit_elements(
+    ranks: Sequence[str],
+    strides: Sequence[int],
+    axes: dict[str, int],
+    _: Any,
+    target: Any,
+    x: Any,
+    *arrays: Any,
+) -> None:
+    indices = [
+        {(): Lane(array.registers.item(), I32)} if rank == SCALAR else placement.unpack(array, I32)
+        for array, rank in zip(arrays, ranks, strict=True)
     ]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, *layouts))
-    def add(_: Any, target: Any, x: Any, *arrays: Any) -> None:
-        unpacked = [
-            {(): Lane(a.registers.item(), I32)} if r == "scalar" else placement.unpack(a, I32)
-            for a, r in zip(arrays, ranks, strict=True)
-        ]
-        for offsets, value in placement.unpack(x, F32).items():
-            place = lanes.const(0, I32)
-            for rank, stride, values in zip(ranks, strides, unpacked, strict=True):
-                key = {"scalar": (), "tile": offsets}.get(rank)
-                index = values[(offsets[axes[rank]],) if key is None else key]
-                place = place + index * stride
-            needed = lanes.compare("ne", value, 0.0)
-            with mgpu.when(needed.ir):
-                _add(_pointer(target, place), [value.ir])
-
-    add(ref, tile, *(i.value.astype(jnp.int32) if i.value.dtype != jnp.int32 else i.value for i in indices))
+    for offsets, value in placement.unpack(x, F32).items():
+        at = {SCALAR: (), TILE_RANK: offsets}
+        at |= {rank: (offsets[axis],) for rank, axis in axes.items()}
+        place = lanes.const(0, I32)
+        for rank, stride, index in zip(ranks, strides, indices, strict=True):
+            place = place + index[at[rank]] * stride
+        _add(_pointer(target, place), [value.ir], unless_zero=True)
