@@ -115,8 +115,8 @@ class _Backward:
     def on(self, platform: str) -> Any:
         choice = self.call.choice
         module = load(_backend_on(platform, choice))
-        if not hasattr(module, "backward"):
-            reason = f"The {module.NAME} backend has no backward pass."
+        reason = _no_backward(module, self.call.problem)
+        if reason is not None:
             if choice.explicit:
                 raise NotImplementedError(
                     f"{reason} Leave backend out, so that another backend can compute the gradients."
@@ -126,6 +126,18 @@ class _Backward:
         return lambda *args: tuple(
             jax.tree.leaves(_backward_with(module.backward, self.call, args))
         )
+
+
+def _no_backward(module: Any, problem: Problem) -> str | None:
+    """Why a backend cannot compute a problem's gradients; None if it can."""
+    if not hasattr(module, "backward"):
+        return f"The {module.NAME} backend has no backward pass."
+    try:
+        if hasattr(module, "check_backward"):
+            module.check_backward(problem)
+    except NotImplementedError as error:
+        return f"The {module.NAME} backend cannot compute the gradients of this attention: {error}"
+    return None
 
 
 def _backend_on(platform: str, choice: Choice) -> str:
