@@ -85,6 +85,8 @@ CASES = [
     GradientCase("gates_and_vectors", q_len=70, heads=2, score=gates_and_vectors, dim=16,
                  captures=random((2,), (1, 2, 70), (70,))),
     GradientCase("dense_bias", q_len=64, kv_len=70, score=dense_bias, captures=random((64, 70)), dim=16),
+    GradientCase("wide_heads", q_len=70, kv_len=130, mask=causal, dim=144, v_dim=160, score=gates_and_vectors,
+                 captures=random((1,), (1, 1, 70), (70,))),
     GradientCase("deterministic", q_len=70, kv_len=130, heads=2, kv_heads=1, score=gates_and_vectors, dim=32,
                  captures=random((2,), (1, 2, 70), (70,)), mask=causal, options=DETERMINISTIC),
     GradientCase("deterministic_blhd", q_len=70, mask=masks.sliding_window(60), block=(256, 512), dim=40,
@@ -99,9 +101,9 @@ def test_backward(case):
 
 def test_refusals():
     """What cannot be computed is refused before anything is traced."""
-    wide = GradientCase("wide_heads", q_len=64, dim=192)
-    with pytest.raises(NotImplementedError, match="head dimensions"):
-        mosaic_gpu.check_backward(wide.problem()[0])
+    blocks = GradientCase("odd_blocks", q_len=64, mask=causal, block=(96, 96))
+    with pytest.raises(NotImplementedError, match="multiple of 64"):
+        mosaic_gpu.check_backward(blocks.problem()[0])
     unordered = GradientCase(
         "unordered", q_len=64, score=table(random((1, 141))(np.random.default_rng(0)))
     )

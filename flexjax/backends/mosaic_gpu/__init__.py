@@ -49,7 +49,9 @@ def check_backward(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for a problem whose gradients the kernels cannot compute."""
     score = problem.score
     if score is not None:
-        assert score.gradient is not None, "`check` has refused mods that only JAX can differentiate"
+        assert score.gradient is not None, (
+            "`check` has refused mods that only JAX can differentiate"
+        )
         reason = _unsupported(score.gradient.graph)
         if reason is not None:
             raise NotImplementedError(f"Its derivative is not supported: {reason}")

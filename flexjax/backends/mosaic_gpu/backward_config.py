@@ -38,7 +38,7 @@ class BackwardConfig:
     """Static choices of the kernel that computes dK and dV and, unless `deterministic`, dQ.
 
     Attributes:
-        warpgroups: consumer warpgroups, of 64 keys each.
+        warpgroups: consumer warpgroups, of 64 keys each; of the same 64 keys if `wide`.
         q_tile: queries of one step.
         stages: tiles of queries, and of the output's cotangents, in flight.
         order: "dk_first" or "dq_first": which product is issued first once dS is known.
@@ -47,6 +47,7 @@ class BackwardConfig:
             changes from run to run.
         approx_math: approximate transcendental functions in the mods.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
+        wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
         dq: configuration of the kernel for dQ, where `deterministic`.
     """
 
@@ -58,12 +59,18 @@ class BackwardConfig:
     deterministic: bool = False
     approx_math: bool = True
     interpret: bool = False
+    wide: bool = False
     dq: forward_config.Config | None = None
+
+    @property
+    def key_slots(self) -> int:
+        """Groups of 64 keys in one CTA's tile."""
+        return 1 if self.wide else self.warpgroups
 
     @property
     def kv_tile(self) -> int:
         """Keys of one CTA's tile."""
-        return self.warpgroups * WARPGROUP_ROWS
+        return self.key_slots * WARPGROUP_ROWS
 
 
 OPTIONS = {
@@ -77,7 +84,7 @@ OPTIONS = {
 
 
 def key_swizzle(config: BackwardConfig, dim: int) -> int:
-    """Bytes of a swizzled row of the keys' shared memory.
+    """Bytes of a swizzled row of the shared memory of keys, queries and dS.
 
     Warpgroups that share dQ by columns need at least one such row each.
     """
@@ -129,11 +136,6 @@ def choose(problem: Problem) -> BackwardConfig:
     Raises:
         NotImplementedError: no configuration fits the problem, or the options do not.
     """
-    if max(problem.qk_dim, problem.v_dim) > 128:
-        raise NotImplementedError(
-            f"the backward kernel's head dimensions go up to 128, but they are {problem.qk_dim} and "
-            f"{problem.v_dim}."
-        )
     if problem.blocks is not None and not problem.blocks.backward:
         raise NotImplementedError(
             "the block mask has no transposed lists. Build it without inference_only=True."
@@ -141,21 +143,28 @@ def choose(problem: Problem) -> BackwardConfig:
     blocks = problem.blocks
     odd = blocks is not None and blocks.geometry.kv_block % (2 * WARPGROUP_ROWS) != 0
     narrow = max(padded_dim(problem.qk_dim), padded_dim(problem.v_dim)) <= 64
-    warpgroups = problem.option("backward_warpgroups", 1 if odd else 2)
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    warpgroups = problem.option("backward_warpgroups", 1 if odd and not wide else 2)
     even = blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
     config = BackwardConfig(
         warpgroups=warpgroups,
         q_tile=problem.option("backward_q_tile", 128 if narrow and even and warpgroups > 1 else 64),
-        stages=problem.option("backward_stages", 2),
+        stages=2,
         order=problem.option("backward_order", ORDERS[0]),
         stagger=problem.option("backward_stagger", False),
         deterministic=deterministic,
         approx_math=problem.option("approx_math", True),
         interpret=interpret,
+        wide=wide,
         dq=_choose_dq(problem, interpret) if deterministic else None,
     )
+    stages = problem.option("backward_stages", None)
+    if stages is not None:
+        config = dataclasses.replace(config, stages=stages)
+    elif shared_memory(problem, config) > SHARED_MEMORY:
+        config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
 
 
@@ -173,15 +182,22 @@ def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:
         approx_math=problem.option("approx_math", True),
         interpret=interpret,
     )
-    if dq_shared_memory(problem, config) > SHARED_MEMORY:
-        config = dataclasses.replace(config, kv_tile=64)
-    return config
+    # What does not fit gives up first width, then the overlap of tiles.
+    fallbacks = [config, *(dataclasses.replace(config, kv_tile=64, stages=n) for n in (2, 1))]
+    fitting = (c for c in fallbacks if dq_shared_memory(problem, c) <= SHARED_MEMORY)
+    return next(fitting, fallbacks[-1])
 
 
 def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
     if config.warpgroups not in REGISTERS:
         raise NotImplementedError(
             f"the backward kernel runs 1 or 2 consumer warpgroups, but {config.warpgroups} were asked for."
+        )
+    if config.wide and (config.warpgroups != 2 or config.q_tile != 64 or config.order != ORDERS[0]):
+        raise NotImplementedError(
+            "head dimensions above 128 take two warpgroups, 64 queries a step and the order "
+            f"{ORDERS[0]!r}, but kernel options ask for {config.warpgroups}, {config.q_tile} and "
+            f"{config.order!r}."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(

@@ -61,8 +61,18 @@ class Consumer:
         self._store(column, *pl.run_scoped(accumulate, *shapes))
 
     @property
+    def _slot(self) -> int:
+        """Which of the column's slots of 64 keys this warpgroup computes."""
+        return self.warpgroup
+
+    @property
     def _first_key(self) -> int:
-        return self.warpgroup * WARPGROUP_ROWS
+        return self._slot * WARPGROUP_ROWS
+
+    @property
+    def _key_sums(self) -> tuple[Any, ...]:
+        """References to the sums by key that this warpgroup computes."""
+        return self.outputs.key_sums
 
     def _column(self, column: Column, accumulators: Accumulators) -> None:
         schedule = self.kernel.schedule
@@ -85,7 +95,7 @@ class Consumer:
                 return run
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-            sums = tuple(zeros for _ in self.outputs.key_sums)
+            sums = tuple(zeros for _ in self._key_sums)
             if schedule.has_masked_steps:
                 sums = lax.fori_loop(0, steps.masked, step(True), sums)
                 sums = lax.fori_loop(steps.masked, steps.count, step(False), sums)
@@ -117,7 +127,7 @@ class Consumer:
         p, cotangents = self._cotangents(stage, place, masked)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
         self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
-        own_ds = buffers.ds.at[ds_stage, self.warpgroup]
+        own_ds = buffers.ds.at[ds_stage, self._slot]
         if kernel.parts or config.interpret:
             own_ds[...] = ds
             plgpu.commit_smem()
@@ -130,23 +140,14 @@ class Consumer:
         sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
-        part = self._part
-        if part is None:
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+        if dk_first:
+            self._finish_step(stage, ds_stage, place, first_query)
             return sums
+        part = self._part
+        assert part is not None, "the other order is that of a warpgroup with a share of dQ"
 
         def product(dq: Any) -> Any:
-            for w in range(config.warpgroups):
-                queries = buffers.ds.at[ds_stage, w, :, pl.ds(part.row, part.rows)]
-                keys = buffers.key.at[w, :, pl.ds(part.column, part.columns)]
-                plgpu.wgmma(dq, queries.transpose((1, 0)), keys)
-            if dk_first:
-                plgpu.wgmma_wait(config.warpgroups)
-                plgpu.barrier_arrive(buffers.d_out_free.at[stage])
-                plgpu.barrier_arrive(buffers.query_free.at[stage])
-                return dq[...]
+            self._issue_dq(dq, part, ds_stage)
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
             result = plgpu.wgmma_accumulator_load(dq, wait_n=1)
             plgpu.barrier_arrive(buffers.d_out_free.at[stage])
@@ -154,21 +155,51 @@ class Consumer:
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
         self._add_to_dq(dq, part, place, first_query)
-        if not dk_first:
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(buffers.query_free.at[stage])
         return sums
+
+    def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
+        """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
+        buffers, part = self.buffers, self._part
+
+        def hand_back() -> None:
+            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
+            plgpu.barrier_arrive(buffers.query_free.at[stage])
+
+        if part is None:
+            plgpu.wgmma_wait(0)
+            hand_back()
+            return
+
+        def product(dq: Any) -> Any:
+            plgpu.wgmma_wait(self._issue_dq(dq, part, ds_stage))
+            hand_back()
+            return dq[...]
+
+        dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+        self._add_to_dq(dq, part, place, first_query)
+
+    def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
+        """Issues a warpgroup's share of dS K; returns the number of products."""
+        slots = self.kernel.config.key_slots
+        for slot in range(slots):
+            queries = self.buffers.ds.at[ds_stage, slot, :, pl.ds(part.row, part.rows)]
+            keys = self.buffers.key.at[slot, :, pl.ds(part.column, part.columns)]
+            plgpu.wgmma(dq, queries.transpose((1, 0)), keys)
+        return slots
 
     def _cotangents(self, stage: Any, place: Place, masked: bool) -> tuple[Any, Cotangents]:
         """(probabilities as operand, cotangents) of a step; awaits its products."""
         kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
         captures, mask_captures = self.inputs.score_captures, self.inputs.mask_captures
-        w = self.warpgroup
 
         def compute(scores: Any, dp: Any) -> Any:
-            plgpu.wgmma(scores, buffers.key.at[w], buffers.query.at[stage].transpose((1, 0)))
+            plgpu.wgmma(
+                scores, buffers.key.at[self._slot], buffers.query.at[stage].transpose((1, 0))
+            )
             plgpu.barrier_wait(buffers.d_out_full.at[stage])
-            plgpu.wgmma(dp, buffers.value.at[w], buffers.d_out.at[stage].transpose((1, 0)))
+            plgpu.wgmma(dp, buffers.value.at[self._slot], buffers.d_out.at[stage].transpose((1, 0)))
             early = masked and kernel.mask_loads
             allowed = tile.allowed(place, mask_captures) if early else None
             raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
@@ -185,10 +216,12 @@ class Consumer:
         shape = plgpu.ACC(tile.shape, jnp.float32)
         return pl.run_scoped(compute, shape, shape)
 
-    def _add_product(self, accumulator: Any, operand: Any, buffer: tuple[Any, ...], other: Any) -> None:
+    def _add_product(
+        self, accumulator: Any, operand: Any, buffer: tuple[Any, ...], other: Any
+    ) -> None:
         """Issues a product with an operand in registers, which the interpreter does not know."""
         if buffer:
-            staged = buffer[0].at[self.warpgroup]
+            staged = buffer[0].at[self._slot]
             staged[...] = operand
             plgpu.commit_smem()
             operand = staged
@@ -204,9 +237,7 @@ class Consumer:
         if interpret:  # which has no reductions: every tile of keys has a dQ of its own
             target = target.at[lax.div(place.key, jnp.int32(self.kernel.config.kv_tile))]
         columns = pl.ds(part.column, part.columns)
-        target = rows(
-            problem, target, place.b, place.h, first_query + part.row, part.rows, columns
-        )
+        target = rows(problem, target, place.b, place.h, first_query + part.row, part.rows, columns)
         plgpu.copy_smem_to_gmem(buffer, target, reduction_op=None if interpret else "add")
 
     # -- captured arrays ------------------------------------------------------------------------
@@ -243,7 +274,7 @@ class Consumer:
 
     def _store_key_sums(self, sums: tuple[Any, ...], column: Column, b: Any, h: Any) -> None:
         first = column.tile * self.kernel.config.kv_tile + self._first_key
-        for ref, total in zip(self.outputs.key_sums, sums, strict=True):
+        for ref, total in zip(self._key_sums, sums, strict=True):
             if not self.kernel.config.interpret:
                 total = registers.finish_row_sums(total)
             ref[b, h, pl.ds(first, WARPGROUP_ROWS)] = total
@@ -252,19 +283,19 @@ class Consumer:
 
     def _store(self, column: Column, dk: Any, dv: Any) -> None:
         """Writes dK and dV of a column, in place of its keys and values; what lies past the end TMA drops."""
-        problem, buffers, w = self.kernel.problem, self.buffers, self.warpgroup
-        first = column.tile * self.kernel.config.kv_tile + self._first_key
-
-        def store(x: Any, buffer: Any, target: Any) -> None:
-            buffer[...] = x.astype(problem.q_dtype)
-            plgpu.commit_smem()
-            where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS)
-            plgpu.copy_smem_to_gmem(buffer, where)
-
-        store(dv, buffers.value.at[w], self.outputs.dv)
+        self._store_tile(column, dv, self.buffers.value, self.outputs.dv)
         if self.kernel.parts:
             # The other warpgroup may still read these keys, for its last share of dQ.
-            plgpu.barrier_arrive(buffers.ds_full)
-            plgpu.barrier_wait(buffers.ds_full)
-        store(dk * problem.scale, buffers.key.at[w], self.outputs.dk)
+            plgpu.barrier_arrive(self.buffers.ds_full)
+            plgpu.barrier_wait(self.buffers.ds_full)
+        scaled = dk * self.kernel.problem.scale
+        self._store_tile(column, scaled, self.buffers.key, self.outputs.dk)
         plgpu.wait_smem_to_gmem(0)
+
+    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
+        problem, staged = self.kernel.problem, buffer.at[self._slot]
+        staged[...] = x.astype(problem.q_dtype)
+        plgpu.commit_smem()
+        first = column.tile * self.kernel.config.kv_tile + self._first_key
+        where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(staged, where)

@@ -58,12 +58,12 @@ class Buffers(NamedTuple):
     """Shared memory and barriers.
 
     Attributes:
-        key, value: [warpgroups, 64, D or Dv].
+        key, value: [slots, 64, D or Dv].
         query, d_out: [stages, q_tile, D or Dv].
         lse, delta: [stages, q_tile].
-        ds: [2, warpgroups, 64, q_tile].
+        ds: [2, slots, 64, q_tile].
         dq: every warpgroup's share of a tile of dQ, float32.
-        p: [warpgroups, 64, q_tile] in the interpreter, or empty.
+        p: [slots, 64, q_tile] in the interpreter, or empty.
         key_value_full: one barrier.
         query_full, query_free, d_out_full, d_out_free: one barrier a stage.
         ds_full: one barrier at which the consumers meet.
@@ -157,18 +157,21 @@ class Kernel:
         config, dtype = self.config, self.problem.q_dtype
         dim, v_dim = (configs.padded_dim(d) for d in (self.problem.qk_dim, self.problem.v_dim))
         n, stages, q_tile = config.warpgroups, config.stages, config.q_tile
+        slots = config.key_slots
         stats = plgpu.SMEM((stages, q_tile), jnp.float32)
+        # Both operands of a matrix product must be swizzled alike: K and Q, dS and K.
+        swizzle = configs.key_swizzle(config, dim)
         return Buffers(
-            key=tiles(dtype, n, WARPGROUP_ROWS, dim, swizzle=configs.key_swizzle(config, dim)),
-            value=tiles(dtype, n, WARPGROUP_ROWS, v_dim),
-            query=tiles(dtype, stages, q_tile, dim),
+            key=tiles(dtype, slots, WARPGROUP_ROWS, dim, swizzle=swizzle),
+            value=tiles(dtype, slots, WARPGROUP_ROWS, v_dim),
+            query=tiles(dtype, stages, q_tile, dim, swizzle=swizzle),
             d_out=tiles(dtype, stages, q_tile, v_dim),
             lse=stats,
             delta=stats,
-            ds=tiles(dtype, configs.DS_STAGES, n, WARPGROUP_ROWS, q_tile),
+            ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
             dq=tuple(tiles(jnp.float32, p.rows, p.columns) for p in self.parts if p.columns),
-            p=(tiles(dtype, n, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
-            key_value_full=barriers(1, 2 * n),
+            p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
+            key_value_full=barriers(1, 2 * slots),
             query_full=barriers(stages, 2),
             query_free=barriers(stages, n),
             d_out_full=barriers(stages, 2),

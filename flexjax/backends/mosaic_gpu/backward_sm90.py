@@ -15,8 +15,8 @@ by queries, so that P^T and dS^T are in registers as the matrix instructions wan
         dQ += dQ tile          added in global memory, in float32, by TMA
 
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
-rows, that share keys are walked over one after another, so that their sum costs nothing. The last warpgroup, the
-*producer*, copies Q, dO, the logsumexp and D into a ring of shared-memory stages.
+rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128 need more registers: see
+backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and D into a ring of shared-memory stages.
 
 dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of its
 own (dq_sm90.py).
@@ -44,6 +44,7 @@ from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
+from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
 from flexjax.backends.mosaic_gpu.schedule import Schedule
@@ -90,9 +91,7 @@ def backward(
         tuple(map(jax.new_ref, _zero_dq(kernel))),
         tuple(jax.new_ref(_zero_sum(kernel, load)) for load in kernel.loads if load.kind != KEYS),
     )
-    key_sums = jax.ShapeDtypeStruct(
-        (*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32
-    )
+    key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
     outputs = Outputs(
         jax.ShapeDtypeStruct(key.shape, problem.k_dtype),
         jax.ShapeDtypeStruct(value.shape, problem.v_dtype),
@@ -272,7 +271,8 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     def consume(number: int) -> None:
         if limits is not None:
             plgpu.set_max_registers(limits[0], action="increase")
-        Consumer(kernel, inputs, outputs, buffers, number).run(cta)
+        consumer = WideConsumer if kernel.config.wide else Consumer
+        consumer(kernel, inputs, outputs, buffers, number).run(cta)
 
     for number in range(consumers):
         pl.when(warpgroup == number)(functools.partial(consume, number))
@@ -295,7 +295,7 @@ class Producer:
     def run(self, cta: Any) -> None:
         kernel, buffers, schedule = self.kernel, self.buffers, self.kernel.schedule
         column = schedule.column(cta)
-        for w in range(kernel.config.warpgroups):
+        for w in range(kernel.config.key_slots):
             first = column.tile * kernel.config.kv_tile + w * WARPGROUP_ROWS
             for source, target in (
                 (self.inputs.key, buffers.key),

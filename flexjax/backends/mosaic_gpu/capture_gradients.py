@@ -203,7 +203,9 @@ def _by_index(problem: Problem, load: Load, total: Any, dense: bool) -> tuple[di
     q_len, kv_len = problem.q_len, problem.kv_len
 
     def span(length: int, axis: int, rank: int) -> Any:
-        return lax.broadcasted_iota(jnp.int32, (*(1,) * axis, length, *(1,) * (rank - 1 - axis)), axis)
+        return lax.broadcasted_iota(
+            jnp.int32, (*(1,) * axis, length, *(1,) * (rank - 1 - axis)), axis
+        )
 
     rank = 4 if dense and load.kind != KEYS else 3
     inputs = {"b": span(problem.batch, 0, rank), "h": span(problem.q_heads, 1, rank)}

@@ -181,9 +181,7 @@ class _Run:
             return self.score
         if name in ("b", "h"):
             return {(): self.forms.base(self.scalars[name])}
-        rank, limit = (
-            (ROW, self.tile.q_limit) if name == "q" else (COLUMN, self.tile.kv_limit)
-        )
+        rank, limit = (ROW, self.tile.q_limit) if name == "q" else (COLUMN, self.tile.kv_limit)
         axis = self.tile.axis_of(rank)
         size = self.tile.shape_of(TILE)[axis]
         bound = max(limit, _LENGTH_FLOOR)

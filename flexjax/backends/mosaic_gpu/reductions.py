@@ -196,7 +196,11 @@ def _moved_by_4(pairs: list[list[ir.Value]], t: Lane) -> list[list[ir.Value]]:
 
 
 def add_elements(
-    ref: Any, strides: Sequence[int], indices: Sequence[TileValue], tile: jax.Array, transposed: bool
+    ref: Any,
+    strides: Sequence[int],
+    indices: Sequence[TileValue],
+    tile: jax.Array,
+    transposed: bool,
 ) -> None:
     """Adds every element of a tile that is not 0 at its indices into an array.
 

@@ -170,7 +170,10 @@ class TileGradients:
                 (y,) = self._on_tile(scores.graph, score_captures, self._inputs(y, place))
         else:
             graph = gradient.graph.with_outputs(0, 1)
-            (y, weight), factor = self._on_tile(graph, score_captures, self._inputs(scaled, place)), 1.0
+            (y, weight), factor = (
+                self._on_tile(graph, score_captures, self._inputs(scaled, place)),
+                1.0,
+            )
         p = self._exponentials(y, lse, factor * LOG2_E)
         if self.queries_overhang and self.problem.score is not None:
             # Whatever the mod makes of queries that do not exist.
