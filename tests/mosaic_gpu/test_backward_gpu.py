@@ -101,7 +101,7 @@ def buckets(captured):
 
     def score_mod(s, b, h, q, k):
         distance = jnp.maximum(q - k, 0)
-        large = 8 + (jnp.log(jnp.maximum(distance, 1) / 8.0) / np.log(16.0) * 8).astype(jnp.int32)
+        large = 8 + (jnp.log((distance + 0.5) / 8.0) / np.log(16.0) * 8).astype(jnp.int32)
         return s + values[h, jnp.where(distance < 8, distance, jnp.minimum(large, 15))]
 
     return score_mod
