@@ -111,6 +111,13 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "deterministic_vectors_d64": ("vectors", {"dim": 64, "kernel_options": {"deterministic": True}}),
         "noop_d128_dq_first": ("noop", {"dim": 128, "kernel_options": {"backward_order": "dq_first"}}),
         "noop_d64_dq_first": ("noop", {"dim": 64, "kernel_options": {"backward_order": "dq_first"}}),
+        **{
+            f"{variant}_d{dim}_pipelined": (
+                variant, {"dim": dim, "kernel_options": {"backward_order": "pipelined"}}
+            )
+            for variant in ("noop", "causal", "soft_cap", "alibi")
+            for dim in (128, 64)
+        },
         "noop_d128_stagger": ("noop", {"dim": 128, "kernel_options": {"backward_stagger": True}}),
     }.items()
 }  # fmt: skip

@@ -26,6 +26,18 @@ class Accumulators(NamedTuple):
     dv: Any
 
 
+class Carry(NamedTuple):
+    """What a consumer carries from step to step.
+
+    Attributes:
+        sums: by key, one for every load of kind KEYS.
+        ahead: what was computed ahead for the next step; see backward_pipelined_sm90.py.
+    """
+
+    sums: tuple[Any, ...]
+    ahead: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Consumer:
     """A warpgroup that computes 64 keys of a column.
@@ -82,7 +94,7 @@ class Consumer:
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def step(masked: bool) -> Any:
-                def run(i: Any, sums: Any) -> Any:
+                def run(i: Any, carry: Carry) -> Carry:
                     first_query = pl.multiple_of(steps.first_query(i), self.kernel.config.q_tile)
                     place = Place(
                         b,
@@ -90,24 +102,33 @@ class Consumer:
                         schedule.inside(first_query),
                         column.tile * self.kernel.config.kv_tile + self._first_key,
                     )
-                    return self._step(begin + i, first_query, place, accumulators, sums, masked)
+                    return self._step(begin + i, first_query, place, accumulators, carry, masked)
 
                 return run
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-            sums = tuple(zeros for _ in self._key_sums)
+            carry = Carry(tuple(zeros for _ in self._key_sums), self._start_row(begin))
             if schedule.has_masked_steps:
-                sums = lax.fori_loop(0, steps.masked, step(True), sums)
-                sums = lax.fori_loop(steps.masked, steps.count, step(False), sums)
+                carry = lax.fori_loop(0, steps.masked, step(True), carry)
+                carry = lax.fori_loop(steps.masked, steps.count, step(False), carry)
             else:
-                sums = lax.fori_loop(0, steps.count, step(False), sums)
-            self._store_key_sums(sums, column, b, h)
-            return begin + steps.count
+                carry = lax.fori_loop(0, steps.count, step(False), carry)
+            self._end_row(begin + steps.count)
+            self._store_key_sums(carry.sums, column, b, h)
+            return begin + steps.count + self.kernel.config.idle_steps
 
         if schedule.rows == 1:
             row(jnp.int32(0), jnp.int32(0))
         else:
             lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+
+    def _start_row(self, begin: Any) -> Any:
+        """What is computed ahead of the first step, number `begin`, of a batch row and query head."""
+        del begin
+        return ()
+
+    def _end_row(self, end: Any) -> None:
+        """Takes the idle steps from number `end`."""
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -117,9 +138,9 @@ class Consumer:
         first_query: Any,
         place: Place,
         accumulators: Accumulators,
-        sums: Any,
+        carry: Carry,
         masked: bool,
-    ) -> Any:
+    ) -> Carry:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
@@ -137,12 +158,12 @@ class Consumer:
         operand = own_ds if config.interpret else ds
         if dk_first:
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
-        sums = self._sum_loads(sums, cotangents, first_query, place)
+        carry = carry._replace(sums=self._sum_loads(carry.sums, cotangents, first_query, place))
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if dk_first:
             self._finish_step(stage, ds_stage, place, first_query)
-            return sums
+            return carry
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
 
@@ -157,7 +178,7 @@ class Consumer:
         self._add_to_dq(dq, part, place, first_query)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(buffers.query_free.at[stage])
-        return sums
+        return carry
 
     def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
