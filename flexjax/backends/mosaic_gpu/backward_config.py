@@ -155,12 +155,14 @@ def choose(problem: Problem) -> BackwardConfig:
     narrow = max(padded_dim(problem.qk_dim), padded_dim(problem.v_dim)) <= 64
     wide = max(problem.qk_dim, problem.v_dim) > 128
     warpgroups = problem.option("backward_warpgroups", 1 if odd and not wide else 2)
-    even = blocks is None or blocks.geometry.q_block % 128 == 0
+    # Derivatives of the score_mod are kept for a whole tile, for which the registers of a wide one do not suffice.
+    roomy = narrow and _simple_derivative(problem)
+    roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
     config = BackwardConfig(
         warpgroups=warpgroups,
-        q_tile=problem.option("backward_q_tile", 128 if narrow and even and warpgroups > 1 else 64),
+        q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
         stages=2,
         order=problem.option("backward_order", ORDERS[0]),
         stagger=problem.option("backward_stagger", False),
@@ -176,6 +178,17 @@ def choose(problem: Problem) -> BackwardConfig:
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
+
+
+def _simple_derivative(problem: Problem) -> bool:
+    """Whether the score_mod's derivative is 1 and nothing that it reads has a gradient."""
+    score = problem.score
+    if score is None or score.gradient is None:
+        return True
+    graph = score.gradient.graph
+    derivative = graph.nodes[graph.outputs[1]]
+    constant = derivative.op == "const" and derivative["value"].value == 1.0
+    return constant and not score.gradient.loads
 
 
 def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:

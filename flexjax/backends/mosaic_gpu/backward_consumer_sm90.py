@@ -182,6 +182,12 @@ class Consumer:
 
     def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
+        dq = self._finish_products(stage, ds_stage)
+        if self._part is not None:
+            self._add_to_dq(dq, self._part, place, first_query)
+
+    def _finish_products(self, stage: Any, ds_stage: Any) -> Any:
+        """Awaits all products and hands the step's tiles back; returns the share of dQ, None without one."""
         buffers, part = self.buffers, self._part
 
         def hand_back() -> None:
@@ -191,15 +197,14 @@ class Consumer:
         if part is None:
             plgpu.wgmma_wait(0)
             hand_back()
-            return
+            return None
 
         def product(dq: Any) -> Any:
             plgpu.wgmma_wait(self._issue_dq(dq, part, ds_stage))
             hand_back()
             return dq[...]
 
-        dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        self._add_to_dq(dq, part, place, first_query)
+        return pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
 
     def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
         """Issues a warpgroup's share of dS K; returns the number of products."""

@@ -11,7 +11,8 @@ Here there is always a product to be done meanwhile:
         dS_i from P_i and dP_i, to shared memory  while dV is
         issue dK += dS_i^T Q_i
         meet the other warpgroup
-        issue dQ tile = dS_i K, then S_{i+1} = K Q_{i+1}^T
+        dQ tile = dS_i K
+        issue S_{i+1} = K Q_{i+1}^T
         dQ += dQ tile                             while S_{i+1} is computed
 
 After the last step of a row there is an idle one, whose scores are dropped.
@@ -97,21 +98,14 @@ class PipelinedConsumer(Consumer):
         self, number: Any, ds_stage: Any, place: Place, first_query: Any
     ) -> Any:
         """Hands the step's tiles back and adds the share of dQ; returns the next step's scores."""
-        stage, part = self.kernel.stage(number), self._part
+        part = self._part
+        dq = self._finish_products(self.kernel.stage(number), ds_stage)
 
-        def products(scores: Any, *dq: Any) -> Any:
-            if part is not None:
-                self._issue_dq(dq[0], part, ds_stage)
+        def product(scores: Any) -> Any:
+            # Not before dQ is there: ptxas has no registers for both products at a time, and serializes them.
             self._issue_scores(scores, number + 1)
-            plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(self.buffers.d_out_free.at[stage])
-            plgpu.barrier_arrive(self.buffers.query_free.at[stage])
             if part is not None:
-                share = plgpu.wgmma_accumulator_load(dq[0], wait_n=1)
-                self._add_to_dq(share, part, place, first_query)
+                self._add_to_dq(dq, part, place, first_query)
             return scores[...]
 
-        shapes = [self.kernel.tile.shape]
-        if part is not None:
-            shapes.append((part.rows, part.columns))
-        return pl.run_scoped(products, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        return pl.run_scoped(product, plgpu.ACC(self.kernel.tile.shape, jnp.float32))
