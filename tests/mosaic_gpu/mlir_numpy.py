@@ -354,16 +354,19 @@ class _Machine:
         return self._load(args[0], _numpy_type(op.results[0].type), op)
 
     def _nvvm(self, name: str, op: Any, args: list[np.ndarray]) -> np.ndarray:
-        assert name == "shfl.sync" and "bfly" in str(op), op
+        assert name == "shfl.sync", name
+        assert "bfly" in str(op), op
         return _of_lanes(args[1], np.arange(THREADS) % 32 ^ args[2])
 
     def _reduce(self, code: str, pointers: np.ndarray, *values: np.ndarray) -> None:
         """Adds float32 numbers in memory; the assembly may leave out zeros."""
         number, offset = pointers // _BUFFER - 1, pointers % _BUFFER
-        assert (number == number[0]).all() and (offset >= 0).all(), "an addition left its array"
+        assert (number == number[0]).all(), "an addition left its array"
+        assert (offset >= 0).all(), "an addition left its array"
         assert (offset % (4 * len(values)) == 0).all(), "an addition is not aligned"
         data = self.buffers[number[0]].reshape(-1)
-        assert data.dtype == np.float32 and ("v2" in code) == (len(values) == 2)
+        assert data.dtype == np.float32
+        assert ("v2" in code) == (len(values) == 2)
         wanted = values[0] != 0 if "setp.neu.f32" in code else np.full(THREADS, True)
         assert (offset[wanted] // 4 + len(values) <= data.size).all(), "an addition left its array"
         for i, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""The shipped configurations of the forward kernel, compiled for an H100 on the CPU.
+"""The shipped configurations of the kernels, compiled for an H100 on the CPU.
 
 Needs an environment with JAX's CUDA plugin, whose Python FLEXJAX_CUDA_PYTHON names (this one is used if it has the
 plugin): beside jax==<this version>, jaxlib and jaxtyping, the packages of `aot.REQUIREMENTS`, installed with
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mosaic_gpu.aot import REQUIREMENTS, VARIANTS
+from tests.mosaic_gpu.aot import BACKWARD_VARIANTS, REQUIREMENTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @functools.cache
-def _compiled() -> dict[str, dict]:
-    """All variants, compiled in one process; those that failed are missing."""
+def _compiled(*variants: str) -> dict[str, dict]:
+    """Variants, compiled in one process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [_python(), "-m", "tests.mosaic_gpu.aot", *VARIANTS]
+    command = [_python(), "-m", "tests.mosaic_gpu.aot", *variants]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     rows = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     compiled = {row["name"]: row for row in rows}
-    assert len(compiled) == len(VARIANTS), done.stderr[-3000:]
+    assert len(compiled) == len(variants), done.stderr[-3000:]
     return compiled
 
 
@@ -50,8 +50,20 @@ def _compiled() -> dict[str, dict]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_machine_code(name):
     """Matrix instructions that nothing serializes, and no register spilled."""
-    result = _compiled()[name]
+    result = _compiled(*VARIANTS)[name]
     assert result["registers"], "nothing was compiled"
     assert result["matrix_instructions"] > 0
     assert result["serialized"] == []
     assert result["spilled"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", BACKWARD_VARIANTS)
+def test_machine_code_of_the_backward_pass(name):
+    """Matrix instructions that nothing serializes, and no more registers spilled than the budget allows."""
+    result = _compiled(*BACKWARD_VARIANTS)[name]
+    assert result["registers"], "nothing was compiled"
+    assert result["matrix_instructions"] > 0
+    assert result["serialized"] == []
+    assert result["spilled"] <= SPILL_BUDGETS.get(name.removeprefix("backward_"), 0)

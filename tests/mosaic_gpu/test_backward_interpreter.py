@@ -1,9 +1,9 @@
 """The backward kernels' numerics on the CPU, in Pallas' Mosaic GPU interpreter.
 
 The `interpret` option replaces what the interpreter lacks: operands of products in registers go through shared
-memory, the reduction into dQ becomes one copy for every tile of keys, and sums of captured elements that leave a tile
-by atomics are replaced by the tile itself, summed outside (test_reductions.py checks them). Everything else is the
-code that runs on the GPU.
+memory, the reduction into dQ becomes one copy for every tile of keys, and sums of captured elements that leave a
+tile by atomics are replaced by the tile itself, summed outside (test_reductions.py checks them). Everything else
+is the code that runs on the GPU.
 """
 
 import jax.numpy as jnp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 from flexjax.backends.mosaic_gpu import config as forward_config
@@ -117,7 +118,7 @@ def parts(config: BackwardConfig, dim: int) -> tuple[Part, ...]:
         return tuple(Part(w * WARPGROUP_ROWS, WARPGROUP_ROWS, 0, dim) for w in range(n))
     unit = key_swizzle(config, dim) // 2
     ends = [-(-(dim // unit) * w // n) * unit for w in range(n + 1)]
-    return tuple(Part(0, config.q_tile, a, b - a) for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(Part(0, config.q_tile, a, b - a) for a, b in itertools.pairwise(ends))
 
 
 def shared_memory(problem: Problem, config: BackwardConfig) -> int:

@@ -115,7 +115,8 @@ class ColumnSchedule:
             lists: references to q_num_blocks, q_indices, full_q_num_blocks, full_q_indices; empty without a
                 block mask.
             column: the column.
-            b, h: the queries' row and head.
+            b: the queries' batch row.
+            h: the queries' head.
         """
         q_tile = self.config.q_tile
         if not lists:

@@ -1,8 +1,9 @@
 """The backward pass on Hopper: one warp-specialised kernel with the mods and their derivatives inlined.
 
-With the notation of the derivation in backends/xla.py, a CTA owns a tile of 128 keys, 64 for each of two *consumer*
-warpgroups, and walks over the queries that see them (backward_schedule.py). Everything is computed transposed, keys
-by queries, so that P^T and dS^T are in registers as the matrix instructions want their first operand:
+With the notation of the derivation in backends/xla.py, a CTA owns a tile of 128 keys, 64 for each of two
+*consumer* warpgroups, and walks over the queries that see them (backward_schedule.py). Everything is computed
+transposed, keys by queries, so that P^T and dS^T are in registers as the matrix instructions want their first
+operand:
 
     for every step of queries:
         S^T = K Q^T            dP^T = V dO^T          both issued at once
@@ -15,11 +16,12 @@ by queries, so that P^T and dS^T are in registers as the matrix instructions wan
         dQ += dQ tile          added in global memory, in float32, by TMA
 
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
-rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128 need more registers: see
-backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and D into a ring of shared-memory stages.
+rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
+need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
+D into a ring of shared-memory stages.
 
-dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of its
-own (dq_sm90.py).
+dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of
+its own (dq_sm90.py).
 
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer._drain`. A column
 without steps stores zeros.
@@ -141,8 +143,9 @@ def _separate_dq(
     outputs = dq_sm90.launch(
         apart,
         dq_sm90.Inputs(
-            *(fitted(x, axis, queries if interpret else 0) for x in (inputs.query,)),
-            *(fitted(x, axis, keys if interpret else 0) for x in (inputs.key, inputs.value)),
+            fitted(inputs.query, axis, queries if interpret else 0),
+            fitted(inputs.key, axis, keys if interpret else 0),
+            fitted(inputs.value, axis, keys if interpret else 0),
             fitted(inputs.d_out, axis, queries if interpret else 0),
             fitted(inputs.lse, 2, queries, jnp.inf),
             fitted(inputs.delta, 2, queries),

@@ -5,8 +5,8 @@ One warpgroup's registers hold dK or dV, not both. So the first one computes dV 
     first:   S^T = K Q^T;  P^T;                     dV += P^T dO;   its columns of dQ += dS K
     second:  S^T = K Q^T;  dP^T = V dO^T;  dS^T;    dK += dS^T Q;   its columns of dQ += dS K
 
-S is computed twice, which makes six products of five but keeps both equally busy. What the score_mod reads is summed
-by the second one.
+S is computed twice, which makes six products of five but keeps both equally busy. What the score_mod reads is
+summed by the second one.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class TileValue:
 
     Attributes:
         value: an array of the rank's shape: () for `scalar`, (q_size,) for `row`, (kv_size,) for `column`,
-            (q_size, kv_size) for `tile`, or its transpose. Float16 and bfloat16 values are carried in float32, narrow integers
-            in 32 bits.
+            (q_size, kv_size) for `tile`, or its transpose. Float16 and bfloat16 values are carried in float32,
+            narrow integers in 32 bits.
         rank: one of `scalar`, `row`, `column`, `tile`.
     """
 

@@ -120,9 +120,9 @@ def emit_diagonal_sums(_: Any, target: Any, x: Any, zero: Any) -> None:
     """See `add_diagonal_sums`.
 
     A thread first sums its own diagonals. Element (m, e) of lane (g, t)'s list is then the diagonal
-    8 m + e + 2 t - g - 8 of the warp's 16 rows. Moved by 7 - g places to the right, as one sequence over m, t and e,
-    all lanes hold equal diagonals at equal positions, and can be summed. The lists are moved bit by bit, each bit
-    before the round that sums over that bit of g.
+    8 m + e + 2 t - g - 8 of the warp's 16 rows. Moved by 7 - g places to the right, as one sequence over m, t and
+    e, all lanes hold equal diagonals at equal positions, and can be summed. The lists are moved bit by bit, each
+    bit before the round that sums over that bit of g.
     """
     own: dict[int, Lane] = {}
     for (r, c), value in sorted(placement.unpack(x, F32).items()):

@@ -236,7 +236,7 @@ class TileGradients:
         return Cotangents(ds, tuple(loads))
 
     def _times(self, p: Any, value: Any, derivative: Any, graph: Graph, output: int) -> Any:
-        """value * derivative, 0 where p is."""
+        """The product `value * derivative`, 0 where p is."""
         product = value * derivative
         return product if _is_tame(graph, output) else jnp.where(p == 0.0, 0.0, product)
 
