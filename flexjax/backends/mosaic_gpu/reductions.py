@@ -128,7 +128,7 @@ def emit_diagonal_sums(_: Any, target: Any, x: Any, zero: Any) -> None:
     for (r, c), value in sorted(placement.unpack(x, F32).items()):
         own[c - r] = own[c - r] + value if c - r in own else value
     warp, g, t = _lane()
-    pairs = [[own[d].ir, own[d + 1].ir] for d in range(min(own), max(own), 8)]
+    pairs: list[list[Any]] = [[own[d].ir, own[d + 1].ir] for d in range(min(own), max(own), 8)]
     first = Lane(zero.registers.item(), I32) - 15 - warp * 16 + t * 2
     nothing = registers.f32(0.0)
     for bit, moved in ((1, _moved_by_1), (2, _moved_by_2), (4, _moved_by_4)):
@@ -161,13 +161,13 @@ def _carried(received: list[ir.Value], from_before: Lane) -> list[ir.Value]:
     ]
 
 
-def _from_left(value: ir.Value) -> ir.Value:
+def _from_left(value: Any) -> Any:
     """The value of lane (g, t - 1), of lane (g, 3) where t is 0."""
     i32 = ir.IntegerType.get_signless(32)
     thread = Lane(mgpu.utils.thread_idx(), I32)
     source = (thread & 28) | ((thread - 1) & 3)
     bits = arith.bitcast(i32, value)
-    moved = llvm.inline_asm(
+    moved: Any = llvm.inline_asm(
         i32,
         [bits, source.ir],
         "shfl.sync.idx.b32 $0, $1, $2, 31, -1;",
@@ -230,7 +230,7 @@ def emit_elements(
     x: Any,
     *arrays: Any,
 ) -> None:
-    indices = [
+    indices: list[dict[placement.Offsets, Lane]] = [
         {(): Lane(array.registers.item(), I32)} if rank == SCALAR else placement.unpack(array, I32)
         for array, rank in zip(arrays, ranks, strict=True)
     ]

@@ -186,7 +186,7 @@ class TileGradients:
                 offset = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
                 end = self.problem.kv_len - (place.key if first_key is None else first_key)
                 p = jnp.where(offset < end, p, 0.0)
-        if weight is not None and not gradient.loads:
+        if weight is not None and gradient is not None and not gradient.loads:
             weight = self._times(p, p, weight, gradient.graph, 1)
         return Probabilities(p, weight, scaled if needs_scores else None)
 
@@ -244,6 +244,7 @@ class TileGradients:
 
     def load_indices(self, load: int, place: Place, score_captures: Any) -> list[emit.TileValue]:
         """Indices of the element that a load reads."""
+        assert self.gradient is not None, "loads come from a gradient"
         graph = self.gradient.graph
         outputs = tuple(graph.outputs[o] for o in self.gradient.loads[load].indices)
         # With all of the graph's nodes, which show that these are indices, to be kept inside the array.
