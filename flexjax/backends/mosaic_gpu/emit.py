@@ -11,7 +11,7 @@ single operation. The interpreter cannot run that, and takes plain JAX operation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import loads, tile_ops
+from flexjax.backends.mosaic_gpu import lanes, loads, placement, tile_ops
+from flexjax.backends.mosaic_gpu.lanes import Lane
 from flexjax.backends.mosaic_gpu.program import Program, TileType
-from flexjax.mods.graph import COLUMN, ROW, SCALAR, Graph, Node
+from flexjax.mods.graph import COLUMN, ROW, SCALAR, TILE, Graph, Node
 from flexjax.mods.ops import OPS
 
 
@@ -159,6 +160,65 @@ def _inlined(graph: Graph, refs: Sequence[Any], inputs: TileInputs) -> Sequence[
         arg_types=(*arg_types, *(plgpu.RefType() for _ in used)), return_type=tuple(results)
     )
     return call(program)(*args, *used)
+
+
+def map_on_tile(
+    function: Callable[..., Sequence[Lane]],
+    count: int,
+    graph: Graph,
+    refs: Sequence[Any],
+    inputs: TileInputs,
+    others: tuple[jax.Array, str],
+) -> Sequence[jax.Array]:
+    """Float32 tiles of a function of the graph's outputs, element by element, on the GPU.
+
+    Every element is finished before the next is begun. Where few registers are left, this is what keeps
+    intermediate values of a whole tile from being alive at a time.
+
+    Args:
+        function: from the outputs' lanes and one of `others` to `count` lanes.
+        count: how many tiles are wanted.
+        graph: as for `evaluate_on_tile`, like refs and inputs.
+        refs: see `evaluate_on_tile`.
+        inputs: see `evaluate_on_tile`.
+        others: another array of float32, and its rank.
+    """
+    tile, (array, rank) = inputs.type, others
+    program = Program(graph, tile)
+    used = refs[: len(graph.captures)]
+    scalars = [inputs.scalar(name) for name in program.scalars]
+    scores = [inputs.score] if program.has_score else []
+    types = [plgpu.Layout.WG_SPLAT] * len(scalars) + [tile.layout] * len(scores)
+    result = plgpu.ShapeDtypeStruct(tile.shape_of(TILE), jnp.float32, tile.layout)
+
+    @plgpu.inline_mgpu(
+        arg_types=(tile.layout_of(rank), *types, *(plgpu.RefType() for _ in used)),
+        return_type=(result,) * count,
+    )
+    def run(_: Any, other: Any, *args: Any) -> Any:
+        started, axis = program.start(args, on_demand=True), tile.axis_of(rank)
+        extra, layout = placement.unpack(other, lanes.F32), tile.layout.to_mgpu()
+        made: dict[placement.Offsets, Sequence[Lane]] = {}
+        for register in placement.static_offsets(layout, tile.shape_of(TILE)):
+            for offsets in register:
+                values = (
+                    started.output(o, _projected(tile, graph.nodes[o].rank, offsets))
+                    for o in graph.outputs
+                )
+                made[offsets] = function(*values, extra[(offsets[axis],)])
+        return tuple(
+            placement.pack(lambda o, i=i: made[o][i], layout, tile.shape_of(TILE), lanes.F32)
+            for i in range(count)
+        )
+
+    return run(array, *scalars, *scores, *used)
+
+
+def _projected(tile: TileType, rank: str, offsets: placement.Offsets) -> placement.Offsets:
+    """Offsets of an element for a value of a rank."""
+    if rank in (SCALAR, TILE):
+        return offsets if rank == TILE else ()
+    return (offsets[tile.axis_of(rank)],)
 
 
 # -- the interpreter --------------------------------------------------------------------------------

@@ -84,15 +84,19 @@ class Program:
     def _inputs(self) -> frozenset[str]:
         return self.graph.depends
 
-    def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
-        del ctx
+    def start(self, args: Sequence[Any], on_demand: bool = False) -> _Run:
+        """Emits the program on its arguments; `on_demand`, what is computed once a score only when asked for."""
         scalars = {
             name: Lane(array.registers.item(), I32)
             for name, array in zip(self.scalars, args, strict=False)
         }
         rest = args[len(scalars) :]
         score = rest[0] if self.has_score else None
-        run = _Run(self, scalars, score, rest[self.has_score :])
+        return _Run(self, scalars, score, rest[self.has_score :], on_demand)
+
+    def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
+        del ctx
+        run = self.start(args)
         outputs = []
         for position in self.graph.outputs:
             node = self.graph.nodes[position]
@@ -108,6 +112,18 @@ class Program:
         return outputs
 
 
+class _OnDemand(dict[Offsets, Item]):
+    """Values that are computed when they are first asked for."""
+
+    def __init__(self, compute: Callable[[Offsets], Item]):
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, offsets: Offsets) -> Item:
+        self[offsets] = value = self._compute(offsets)
+        return value
+
+
 class _Run:
     """One emission of a program."""
 
@@ -117,7 +133,9 @@ class _Run:
         scalars: dict[str, Lane],
         score: mgpu.FragmentedArray | None,
         refs: Sequence[Any],
+        on_demand: bool,
     ):
+        self.on_demand = on_demand
         self.graph, self.tile, self.refs = program.graph, program.tile, refs
         self.forms = Forms()
         self.scalars = scalars
@@ -224,14 +242,17 @@ class _Run:
     def _elementwise(self, node: Node) -> dict[Offsets, Item]:
         sources, emit = self._fused(node) or (node.args, self._plain(node))
         made: dict[tuple[int, ...], Item] = {}
-        values = {}
-        for offsets in self.offsets[node.rank]:
+
+        def value(offsets: Offsets) -> Item:
             args = [self._argument(a, offsets) for a in sources]
             key = tuple(map(id, args))
             if key not in made:
                 made[key] = emit(args)
-            values[offsets] = made[key]
-        return values
+            return made[key]
+
+        if self.on_demand and node.rank == TILE:
+            return _OnDemand(value)
+        return {offsets: value(offsets) for offsets in self.offsets[node.rank]}
 
     def _plain(self, node: Node) -> Emitter:
         nodes = [self.graph.nodes[a] for a in node.args]

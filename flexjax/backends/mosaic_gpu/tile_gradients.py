@@ -22,10 +22,8 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as mlir_math
 
-from flexjax.backends.mosaic_gpu import emit, placement, registers
+from flexjax.backends.mosaic_gpu import emit, lanes, placement
 from flexjax.backends.mosaic_gpu.lanes import F32, Lane
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
@@ -163,32 +161,75 @@ class TileGradients:
             for load in gradient.loads
         )
         scaled = raw * self.problem.scale if needs_scores or not self._unit_derivative else None
-        if gradient is None or self._unit_derivative:
-            scores, weight = self._scores, None
-            y, factor = raw if scores.before == 1.0 else raw * scores.before, scores.after
-            if scores.graph is not None:
-                (y,) = self._on_tile(scores.graph, score_captures, self._inputs(y, place))
+        scores = self._scores
+        if self._unit_derivative:
+            graph, x = scores.graph, raw if scores.before == 1.0 else raw * scores.before
+            factor = scores.after * LOG2_E
         else:
-            graph = gradient.graph.with_outputs(0, 1)
-            (y, weight), factor = (
-                self._on_tile(graph, score_captures, self._inputs(scaled, place)),
-                1.0,
-            )
-        p = self._exponentials(y, lse, factor * LOG2_E)
+            assert gradient is not None, "the identity's derivative is 1"
+            graph, x, factor = gradient.graph.with_outputs(0, 1), scaled, LOG2_E
+        if graph is None:
+            tiles = [self._exponentials(x, lse, factor)]
+        elif self.interpret:
+            tiles = self._on_tile(graph, score_captures, self._inputs(x, place))
+            tiles[0] = self._exponentials(tiles[0], lse, factor)
+            if self._weighted:
+                tiles[1] = self._times(tiles[0], tiles[0], tiles[1], graph, 1)
+        else:
+            tile = self._inputs(x, place)
+            tiles = self._elementwise(graph, factor, score_captures, tile, lse)
+        hidden = 2 if self._weighted else 1
+        tiles = [
+            *self._hide(tiles[:hidden], lse, place, allowed, masked, first_key),
+            *tiles[hidden:],
+        ]
+        return Probabilities(
+            tiles[0], tiles[1] if len(tiles) > 1 else None, scaled if needs_scores else None
+        )
+
+    @property
+    def _weighted(self) -> bool:
+        """Whether the derivative is multiplied by p at once, because nothing else needs dy."""
+        return not self._unit_derivative and self.gradient is not None and not self.gradient.loads
+
+    def _elementwise(
+        self, graph: Graph, factor: float, captures: Any, tile: emit.TileInputs, lse: Any
+    ) -> list[Any]:
+        """p, and the derivative or p times it, from the graph's y and dy/ds; one element after another."""
+
+        def of_element(y: Lane, *rest: Lane) -> tuple[Lane, ...]:
+            *derivative, shift = rest
+            exponent = lanes.call("fma", y, lanes.const(factor, F32), -shift)
+            p = lanes.call("exp2.approx", exponent)
+            if not self._weighted:
+                return (p, *derivative)
+            weight = p * derivative[0]
+            if not _is_tame(graph, 1):
+                weight = lanes.select(lanes.compare("eq", p, 0.0), 0.0, weight)
+            return p, weight
+
+        count = len(graph.outputs)
+        return list(emit.map_on_tile(of_element, count, graph, captures, tile, (lse, graphs.ROW)))
+
+    def _hide(
+        self, tiles: list[Any], lse: Any, place: Place, allowed: Any, masked: bool, first_key: Any
+    ) -> list[Any]:
+        """Probabilities, and what has them as a factor, with 0 where a position does not count."""
+        conditions = []
         if self.queries_overhang and self.problem.score is not None:
             # Whatever the mod makes of queries that do not exist.
-            p = jnp.where(self.by_query(lse) == jnp.inf, 0.0, p)
-        if masked:
-            if allowed is not None:
-                p = jnp.where(allowed, p, 0.0)
-            if self.keys_overhang:
-                axis = 0 if self.transposed else 1
-                offset = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
-                end = self.problem.kv_len - (place.key if first_key is None else first_key)
-                p = jnp.where(offset < end, p, 0.0)
-        if weight is not None and gradient is not None and not gradient.loads:
-            weight = self._times(p, p, weight, gradient.graph, 1)
-        return Probabilities(p, weight, scaled if needs_scores else None)
+            conditions.append(self.by_query(lse) < jnp.inf)
+        if masked and allowed is not None:
+            conditions.append(allowed)
+        if masked and self.keys_overhang:
+            offset = plgpu.broadcasted_iota(
+                jnp.int32, self.shape, 0 if self.transposed else 1, layout=TILE
+            )
+            end = self.problem.kv_len - (place.key if first_key is None else first_key)
+            conditions.append(offset < end)
+        for condition in conditions:
+            tiles = [jnp.where(condition, tile, 0.0) for tile in tiles]
+        return tiles
 
     def _exponentials(self, y: Any, lse: Any, factor: float) -> Any:
         """2^(factor y - lse)."""
@@ -202,13 +243,13 @@ class TileGradients:
         )
         def exponentials(_: Any, y: Any, lse: Any) -> Any:
             scores, shifts = placement.unpack(y, F32), placement.unpack(lse, F32)
-            shifts = {offset: arith.negf(shift.ir) for offset, shift in shifts.items()}
-            c = registers.f32(factor)
-            values = {
-                offsets: registers.exp2(mlir_math.fma(score.ir, c, shifts[(offsets[axis],)]))
-                for offsets, score in scores.items()
-            }
-            return placement.pack(lambda o: Lane(values[o], F32), y.layout, self.shape, F32)
+            c = lanes.const(factor, F32)
+
+            def value(offsets: placement.Offsets) -> Lane:
+                exponent = lanes.call("fma", scores[offsets], c, -shifts[(offsets[axis],)])
+                return lanes.call("exp2.approx", exponent)
+
+            return placement.pack(value, y.layout, self.shape, F32)
 
         return exponentials(y, lse)
 
