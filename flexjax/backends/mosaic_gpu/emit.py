@@ -11,6 +11,7 @@ single operation. The interpreter cannot run that, and takes plain JAX operation
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,27 +192,40 @@ def map_on_tile(
     types = [plgpu.Layout.WG_SPLAT] * len(scalars) + [tile.layout] * len(scores)
     result = plgpu.ShapeDtypeStruct(tile.shape_of(TILE), jnp.float32, tile.layout)
 
-    @plgpu.inline_mgpu(
+    call = plgpu.inline_mgpu(
         arg_types=(tile.layout_of(rank), *types, *(plgpu.RefType() for _ in used)),
         return_type=(result,) * count,
     )
-    def run(_: Any, other: Any, *args: Any) -> Any:
-        started, axis = program.start(args, on_demand=True), tile.axis_of(rank)
-        extra, layout = placement.unpack(other, lanes.F32), tile.layout.to_mgpu()
-        made: dict[placement.Offsets, Sequence[Lane]] = {}
-        for register in placement.static_offsets(layout, tile.shape_of(TILE)):
-            for offsets in register:
-                values = (
-                    started.output(o, _projected(tile, graph.nodes[o].rank, offsets))
-                    for o in graph.outputs
-                )
-                made[offsets] = function(*values, extra[(offsets[axis],)])
-        return tuple(
-            placement.pack(lambda o, i=i: made[o][i], layout, tile.shape_of(TILE), lanes.F32)
-            for i in range(count)
-        )
+    emitted = functools.partial(emit_mapped, function, count, program, rank)
+    return call(emitted)(array, *scalars, *scores, *used)
 
-    return run(array, *scalars, *scores, *used)
+
+def emit_mapped(
+    function: Callable[..., Sequence[Lane]],
+    count: int,
+    program: Program,
+    rank: str,
+    ctx: Any,
+    other: Any,
+    *args: Any,
+) -> Sequence[Any]:
+    """What `map_on_tile` inlines."""
+    del ctx
+    graph, tile = program.graph, program.tile
+    started, shape = program.start(args, on_demand=True), tile.shape_of(TILE)
+    others, layout = placement.unpack(other, lanes.F32), tile.layout.to_mgpu()
+    made: dict[placement.Offsets, Sequence[Lane]] = {}
+    for register in placement.static_offsets(layout, shape):
+        for offsets in register:
+            values = (
+                started.output(o, _projected(tile, graph.nodes[o].rank, offsets))
+                for o in graph.outputs
+            )
+            made[offsets] = function(*values, others[_projected(tile, rank, offsets)])
+    return tuple(
+        placement.pack(lambda offsets, i=i: made[offsets][i], layout, shape, lanes.F32)
+        for i in range(count)
+    )
 
 
 def _projected(tile: TileType, rank: str, offsets: placement.Offsets) -> placement.Offsets:
