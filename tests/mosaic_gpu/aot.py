@@ -105,7 +105,7 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "soft_cap_d256": ("soft_cap", {"dim": 256}),
         "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
         "deterministic_causal_d256": ("causal", {"dim": 256, "kernel_options": {"deterministic": True}}),
-        "soft_cap_d64_q128": ("soft_cap", {"dim": 64, "kernel_options": {"backward_q_tile": 128}}),
+        "soft_cap_d64_q64": ("soft_cap", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
         "noop_d64_q64": ("noop", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
         "deterministic_causal_d128": ("causal", {"dim": 128, "kernel_options": {"deterministic": True}}),
         "deterministic_vectors_d64": ("vectors", {"dim": 64, "kernel_options": {"deterministic": True}}),

@@ -156,8 +156,10 @@ def choose(problem: Problem) -> BackwardConfig:
     narrow = max(padded_dim(problem.qk_dim), padded_dim(problem.v_dim)) <= 64
     wide = max(problem.qk_dim, problem.v_dim) > 128
     warpgroups = problem.option("backward_warpgroups", 1 if odd and not wide else 2)
-    # Derivatives of the score_mod are kept for a whole tile, for which the registers of a wide one do not suffice.
-    roomy = narrow and _simple_derivative(problem)
+    # Derivatives by what the score_mod reads are kept for a whole tile: too much for a wide one if there are many.
+    score = problem.score
+    loads = () if score is None or score.gradient is None else score.gradient.loads
+    roomy = narrow and len(loads) <= 1
     roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
@@ -179,17 +181,6 @@ def choose(problem: Problem) -> BackwardConfig:
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
-
-
-def _simple_derivative(problem: Problem) -> bool:
-    """Whether the score_mod's derivative is 1 and nothing that it reads has a gradient."""
-    score = problem.score
-    if score is None or score.gradient is None:
-        return True
-    graph = score.gradient.graph
-    derivative = graph.nodes[graph.outputs[1]]
-    constant = derivative.op == "const" and derivative["value"].value == 1.0
-    return constant and not score.gradient.loads
 
 
 def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:
