@@ -96,6 +96,7 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "vectors_d128": ("vectors", {"dim": 128}),
         "noop_d64": ("noop", {"dim": 64}),
         "causal_d64": ("causal", {"dim": 64}),
+        "alibi_d64": ("alibi", {"dim": 64}),
         "soft_cap_d64": ("soft_cap", {"dim": 64}),
         "table_d64": ("table", {"dim": 64}),
         "odd_causal_d96_blhd": ("causal", {"dim": 96, "q_len": 1001, "layout": "BLHD"}),

@@ -40,9 +40,9 @@ SPILL_BUDGETS = {
     "noop_d64_pipelined": 144,
     "causal_d128_pipelined": 208,
     "causal_d64_pipelined": 272,
-    "soft_cap_d128_pipelined": 1000,
-    "alibi_d128_pipelined": 1100,
-    "alibi_d64_pipelined": 1100,
+    "soft_cap_d128_pipelined": 1100,
+    "soft_cap_d64_pipelined": 330,
+    "alibi_d128_pipelined": 1600,
 }
 
 

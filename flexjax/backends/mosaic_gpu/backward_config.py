@@ -156,10 +156,7 @@ def choose(problem: Problem) -> BackwardConfig:
     narrow = max(padded_dim(problem.qk_dim), padded_dim(problem.v_dim)) <= 64
     wide = max(problem.qk_dim, problem.v_dim) > 128
     warpgroups = problem.option("backward_warpgroups", 1 if odd and not wide else 2)
-    # Derivatives by what the score_mod reads are kept for a whole tile: too much for a wide one if there are many.
-    score = problem.score
-    loads = () if score is None or score.gradient is None else score.gradient.loads
-    roomy = narrow and len(loads) <= 1
+    roomy = narrow and _few_derivatives(problem)
     roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
@@ -181,6 +178,16 @@ def choose(problem: Problem) -> BackwardConfig:
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
+
+
+def _few_derivatives(problem: Problem) -> bool:
+    """Whether registers suffice for wide tiles: derivatives by what the score_mod reads are whole tiles too."""
+    score = problem.score
+    if score is None or score.gradient is None:
+        return True
+    graph, loads = score.gradient.graph, score.gradient.loads
+    derivatives = (graph.nodes[graph.outputs[load.derivative]] for load in loads)
+    return len(loads) <= 1 and all(d.op == "const" for d in derivatives)
 
 
 def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:
