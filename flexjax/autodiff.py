@@ -87,6 +87,11 @@ class Call:
         captures = zip(marked.score_captures, types, strict=True)
         return tuple(is_float(t.dtype) and i not in self.constants for i, t in captures)
 
+    @functools.cached_property
+    def backward_problem(self) -> Problem:
+        """The problem with the derivatives of the score_mod that are wanted."""
+        return without_gradients(self.problem, [not wanted for wanted in self.wanted])
+
     def differentiated(self, moving: Sequence[bool]) -> Call:
         """The same attention, with gradients of those captured arrays only whose operand moves."""
         fixed = frozenset(i for i in self.captures if not moving[i])
@@ -131,8 +136,8 @@ class _Backward:
     def on(self, platform: str) -> Any:
         choice = self.call.choice
         module = _backend_on(platform, self.call)
-        if not hasattr(module, "backward"):
-            reason = f"The {module.NAME} backend has no backward pass."
+        reason = _no_backward(module, self.call.backward_problem)
+        if reason is not None:
             if choice.explicit:
                 raise NotImplementedError(
                     f"{reason} Leave backend out, so that another backend can compute the gradients."
@@ -142,6 +147,18 @@ class _Backward:
         return lambda *args: tuple(
             jax.tree.leaves(_backward_with(module.backward, self.call, args))
         )
+
+
+def _no_backward(module: Any, problem: Problem) -> str | None:
+    """Why a backend cannot compute a problem's gradients; None if it can."""
+    if not hasattr(module, "backward"):
+        return f"The {module.NAME} backend has no backward pass."
+    try:
+        if hasattr(module, "check_backward"):
+            module.check_backward(problem)
+    except NotImplementedError as error:
+        return f"The {module.NAME} backend cannot compute the gradients of this attention: {error}"
+    return None
 
 
 def _backend_on(platform: str, call: Call) -> Any:
@@ -199,8 +216,8 @@ def _plain(problem: Problem) -> Problem:
 
 def _backward_with(backward: Any, call: Call, args: Sequence[Any], **kwargs: Any) -> Gradients:
     leaves, (out, lse, d_out, d_lse) = args[: call.n_leaves], args[call.n_leaves :]
-    problem = without_gradients(call.problem, [not wanted for wanted in call.wanted])
-    gradients = backward(problem, call.operands(leaves), Result(out, lse), d_out, d_lse, **kwargs)
+    operands, result = call.operands(leaves), Result(out, lse)
+    gradients = backward(call.backward_problem, operands, result, d_out, d_lse, **kwargs)
     captures = zip(gradients.score_captures, call.wanted, strict=True)
     return dataclasses.replace(
         gradients, score_captures=tuple(d if wanted else None for d, wanted in captures)

@@ -50,7 +50,11 @@ class Choice:
 
 @functools.cache
 def load(name: str) -> ModuleType:
-    """A backend's module: `NAME`, `OPTIONS`, `check(problem)`, `forward`, and `backward` if it has one."""
+    """A backend's module: `NAME`, `OPTIONS`, `check(problem)`, `forward`, and `backward` if it has one.
+
+    A backend that cannot compute the gradients of all that it computes also has `check_backward(problem)`, which
+    raises NotImplementedError with the reason.
+    """
     return importlib.import_module(_MODULES[name])
 
 

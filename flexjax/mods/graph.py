@@ -123,6 +123,23 @@ class Graph:
                 return node["jaxpr"]
         return None
 
+    def with_outputs(self, *outputs: int) -> Graph:
+        """The graph of these of its outputs, of what they need alone, reading the same list of captures."""
+        roots = tuple(self.outputs[o] for o in outputs)
+        needed = set(roots)
+        for position in range(len(self.nodes) - 1, -1, -1):
+            if position in needed:
+                needed.update(self.nodes[position].args)
+        order = sorted(needed)
+        renumber = {old: new for new, old in enumerate(order)}
+        nodes = tuple(
+            dataclasses.replace(
+                self.nodes[old], args=tuple(renumber[a] for a in self.nodes[old].args)
+            )
+            for old in order
+        )
+        return Graph(nodes, tuple(renumber[r] for r in roots), self.captures)
+
     def is_constant(self, value: Any) -> bool:
         """Whether the single output is the constant `value`."""
         node = self.nodes[self.outputs[0]]

@@ -125,25 +125,7 @@ def _score_graphs(jaxpr: Any, ranges: Ranges) -> tuple[ScoreMod, list[Any]]:
         tuple(dataclasses.replace(load, capture=kept.index(load.capture)) for load in loads),
     )
     captures = [jnp.asarray(builder.captures[i]) for i in kept]
-    return ScoreMod(_restrict(graph, 1), gradient), captures
-
-
-def _restrict(graph: Graph, count: int) -> Graph:
-    """The graph of the first `count` outputs, reading the same list of captures."""
-    outputs = graph.outputs[:count]
-    needed = set(outputs)
-    for position in range(len(graph.nodes) - 1, -1, -1):
-        if position in needed:
-            needed.update(graph.nodes[position].args)
-    order = sorted(needed)
-    renumber = {old: new for new, old in enumerate(order)}
-    nodes = tuple(
-        dataclasses.replace(
-            graph.nodes[old], args=tuple(renumber[a] for a in graph.nodes[old].args)
-        )
-        for old in order
-    )
-    return Graph(nodes, tuple(renumber[o] for o in outputs), graph.captures)
+    return ScoreMod(graph.with_outputs(0), gradient), captures
 
 
 def _run(builder: Builder, jaxpr: Any, inputs: tuple[str, ...]) -> Ref:

@@ -1,4 +1,4 @@
-"""Compiles the forward kernel to H100 machine code on a machine without a GPU, and tells what came out.
+"""Compiles the kernels to H100 machine code on a machine without a GPU, and tells what came out.
 
 Run as `python -m tests.mosaic_gpu.aot NAME...`, in an environment with JAX's CUDA plugin and NVIDIA's
 assembler (see `REQUIREMENTS`); prints one JSON object a variant. It must be its own process: the plugin, what
@@ -35,6 +35,21 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
     def relative(score, b, h, q_idx, kv_idx):
         return score + (q_idx - kv_idx)
 
+    def bias(score, b, h, q_idx, kv_idx):
+        import jax.numpy as jnp
+
+        return score + jnp.asarray(np.zeros((heads, q_len, q_len), np.float32))[h, q_idx, kv_idx]
+
+    def vectors(score, b, h, q_idx, kv_idx):
+        """A scalar a head, a number a query and a number a key."""
+        import jax.numpy as jnp
+
+        gates, by_query, by_key = (
+            jnp.asarray(np.ones(shape, np.float32))
+            for shape in ((heads,), (heads, q_len), (q_len,))
+        )
+        return score * gates[h] + by_query[h, q_idx] * by_key[kv_idx]
+
     return {
         "noop": lambda: (None, None),
         "causal": lambda: (None, causal),
@@ -46,6 +61,8 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
             scores.relative_table(np.ones((heads, 2 * q_len - 1), np.float32)),
             causal,
         ),
+        "bias": lambda: (bias, None),
+        "vectors": lambda: (vectors, causal),
     }[name]()
 
 
@@ -65,6 +82,47 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
 }
 
+# The same for the backward pass.
+BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
+    f"backward_{name}": (variant, options | {"backward": True})
+    for name, (variant, options) in {
+        "noop_d128": ("noop", {"dim": 128}),
+        "causal_d128": ("causal", {"dim": 128}),
+        "document_d128": ("document", {"dim": 128}),
+        "soft_cap_d128": ("soft_cap", {"dim": 128}),
+        "alibi_d128": ("alibi", {"dim": 128}),
+        "table_d128": ("table", {"dim": 128}),
+        "bias_d128": ("bias", {"dim": 128}),
+        "vectors_d128": ("vectors", {"dim": 128}),
+        "noop_d64": ("noop", {"dim": 64}),
+        "causal_d64": ("causal", {"dim": 64}),
+        "alibi_d64": ("alibi", {"dim": 64}),
+        "soft_cap_d64": ("soft_cap", {"dim": 64}),
+        "table_d64": ("table", {"dim": 64}),
+        "odd_causal_d96_blhd": ("causal", {"dim": 96, "q_len": 1001, "layout": "BLHD"}),
+        "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
+        "float16_d16_v128": ("soft_cap", {"dim": 16, "v_dim": 128, "dtype": "float16"}),
+        "causal_d256": ("causal", {"dim": 256}),
+        "soft_cap_d256": ("soft_cap", {"dim": 256}),
+        "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
+        "deterministic_causal_d256": ("causal", {"dim": 256, "kernel_options": {"deterministic": True}}),
+        "soft_cap_d64_q64": ("soft_cap", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
+        "noop_d64_q64": ("noop", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
+        "deterministic_causal_d128": ("causal", {"dim": 128, "kernel_options": {"deterministic": True}}),
+        "deterministic_vectors_d64": ("vectors", {"dim": 64, "kernel_options": {"deterministic": True}}),
+        "noop_d128_dq_first": ("noop", {"dim": 128, "kernel_options": {"backward_order": "dq_first"}}),
+        "noop_d64_dq_first": ("noop", {"dim": 64, "kernel_options": {"backward_order": "dq_first"}}),
+        **{
+            f"{variant}_d{dim}_pipelined": (
+                variant, {"dim": dim, "kernel_options": {"backward_order": "pipelined"}}
+            )
+            for variant in ("noop", "causal", "soft_cap", "alibi")
+            for dim in (128, 64)
+        },
+        "noop_d128_stagger": ("noop", {"dim": 128, "kernel_options": {"backward_stagger": True}}),
+    }.items()
+}  # fmt: skip
+
 
 def compile_variant(name: str, dump: Path) -> dict[str, Any]:
     """Compiles one variant; registers, spilled bytes and matrix instructions of the machine code."""
@@ -75,9 +133,11 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
 
     from flexjax import create_block_mask
     from flexjax.backends import mosaic_gpu
+    from flexjax.problem import Result
     from tests.mosaic_gpu.problems import problem_of
 
-    variant, options = VARIANTS[name]
+    variant, options = (VARIANTS | BACKWARD_VARIANTS)[name]
+    backward = options.get("backward", False)
     batch, heads, q_len, dim = 2, 4, options.get("q_len", 1024), options["dim"]
     layout, dtype = options.get("layout", "BHLD"), options.get("dtype", "bfloat16")
     shape = (batch, heads, q_len) if layout == "BHLD" else (batch, q_len, heads)
@@ -90,20 +150,30 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
     if mask_mod is not None:
         mask = create_block_mask(mask_mod, None, None, q_len, q_len, options.get("block", 128))
     problem, operands = problem_of(
-        query, query, value, score_mod=score_mod, block_mask=mask, layout=layout
+        query,
+        query,
+        value,
+        score_mod=score_mod,
+        block_mask=mask,
+        layout=layout,
+        options=options.get("kernel_options"),
     )
     mosaic_gpu.check(problem)
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
     )
     device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
-    operands = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), operands
-    )
+    args: tuple[Any, ...] = (operands,)
+    if backward:
+        out = jax.ShapeDtypeStruct(problem.output_shape(), query.dtype)
+        lse = jax.ShapeDtypeStruct(problem.stats_shape(), jnp.float32)
+        args = operands, Result(out, lse), out, lse
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), args)
     for old in dump.iterdir():
         old.unlink()
-    run = jax.jit(lambda o: mosaic_gpu.forward(problem, o))
-    run.trace(operands).lower(lowering_platforms=("cuda",)).compile()
+    function = mosaic_gpu.backward if backward else mosaic_gpu.forward
+    run = jax.jit(lambda *args: function(problem, *args))
+    run.trace(*args).lower(lowering_platforms=("cuda",)).compile()
     report = "\n".join(p.read_text() for p in dump.glob("*.ptxas"))
     code = "\n".join(p.read_text() for p in dump.glob("*.ptx"))
     return {
@@ -130,4 +200,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(VARIANTS))
+    main(sys.argv[1:] or [*VARIANTS, *BACKWARD_VARIANTS])

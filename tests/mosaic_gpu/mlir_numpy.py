@@ -145,7 +145,13 @@ def _saturate(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
     return convert
 
 
+def _of_lanes(values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+    """Each thread's value from another lane of its warp."""
+    return values[np.arange(THREADS) // 32 * 32 + lanes]
+
+
 _ASM = {
+    "shfl.sync.idx.b32": _of_lanes,
     "cos.approx.f32": _in_double(np.cos),
     "div.full.f32": _in_double(np.divide),
     "ex2.approx.ftz.f32": _in_double(np.exp2),
@@ -339,10 +345,32 @@ class _Machine:
             bits = re.search(r"\d+", str(op.attributes["elem_type"])).group()
             offset = args[1] if len(args) > 1 else np.int64(static)
             return args[0] + offset * (int(bits) // 8)
+        if name == "inline_asm" and "red." in str(op.attributes["asm_string"]):
+            self._reduce(str(op.attributes["asm_string"]), *args)
+            return None
         if name == "inline_asm":
             return _ASM[str(op.attributes["asm_string"]).strip('"').split()[0]](*args)
         assert name == "load", name
         return self._load(args[0], _numpy_type(op.results[0].type), op)
+
+    def _nvvm(self, name: str, op: Any, args: list[np.ndarray]) -> np.ndarray:
+        assert name == "shfl.sync", name
+        assert "bfly" in str(op), op
+        return _of_lanes(args[1], np.arange(THREADS) % 32 ^ args[2])
+
+    def _reduce(self, code: str, pointers: np.ndarray, *values: np.ndarray) -> None:
+        """Adds float32 numbers in memory; the assembly may leave out zeros."""
+        number, offset = pointers // _BUFFER - 1, pointers % _BUFFER
+        assert (number == number[0]).all(), "an addition left its array"
+        assert (offset >= 0).all(), "an addition left its array"
+        assert (offset % (4 * len(values)) == 0).all(), "an addition is not aligned"
+        data = self.buffers[number[0]].reshape(-1)
+        assert data.dtype == np.float32
+        assert ("v2" in code) == (len(values) == 2)
+        wanted = values[0] != 0 if "setp.neu.f32" in code else np.full(THREADS, True)
+        assert (offset[wanted] // 4 + len(values) <= data.size).all(), "an addition left its array"
+        for i, value in enumerate(values):
+            np.add.at(data, offset[wanted] // 4 + i, value[wanted])
 
     def _load(self, pointers: np.ndarray, kind: np.dtype, op: Any) -> np.ndarray:
         number, offset = pointers // _BUFFER - 1, pointers % _BUFFER

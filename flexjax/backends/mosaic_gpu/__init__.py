@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from flexjax.backends.mosaic_gpu import config
+from flexjax.backends.mosaic_gpu import backward_config, capture_gradients, config
 from flexjax.mods.graph import Graph
-from flexjax.problem import Operands, Problem, Result
+from flexjax.problem import Gradients, Operands, Problem, Result
 
 NAME = "mosaic_gpu"
-OPTIONS = config.OPTIONS
+OPTIONS = config.OPTIONS | backward_config.OPTIONS
 COMPUTE_CAPABILITY = "9.0"
 
 _DTYPES = ("bfloat16", "float16")
@@ -45,6 +45,21 @@ def check(problem: Problem) -> None:
     config.choose(problem)
 
 
+def check_backward(problem: Problem) -> None:
+    """Raises NotImplementedError, with the reason, for a problem whose gradients the kernels cannot compute."""
+    score = problem.score
+    if score is not None:
+        assert score.gradient is not None, (
+            "`check` has refused mods that only JAX can differentiate"
+        )
+        reason = _unsupported(score.gradient.graph)
+        if reason is not None:
+            raise NotImplementedError(f"Its derivative is not supported: {reason}")
+    backward_config.choose(problem)
+    if problem.option("deterministic", False):
+        capture_gradients.check_deterministic(problem)
+
+
 @functools.cache
 def _unsupported(graph: Graph) -> str | None:
     emit = importlib.import_module("flexjax.backends.mosaic_gpu.emit")
@@ -60,6 +75,27 @@ def forward(problem: Problem, operands: Operands) -> Result:
 def _forward(problem: Problem, choices: config.Config, operands: Operands) -> Result:
     kernel: Any = importlib.import_module("flexjax.backends.mosaic_gpu.forward_sm90")
     return kernel.forward(problem, operands, choices)
+
+
+def backward(
+    problem: Problem, operands: Operands, result: Result, d_out: Any, d_lse: Any
+) -> Gradients:
+    """Gradients of query, key, value and the float arrays that score_mod captured."""
+    check_backward(problem)
+    return _backward(problem, backward_config.choose(problem), operands, result, d_out, d_lse)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(
+    problem: Problem,
+    choices: backward_config.BackwardConfig,
+    operands: Operands,
+    result: Result,
+    d_out: Any,
+    d_lse: Any,
+) -> Gradients:
+    kernel: Any = importlib.import_module("flexjax.backends.mosaic_gpu.backward_sm90")
+    return kernel.backward(problem, operands, result, d_out, d_lse, choices)
 
 
 @functools.cache

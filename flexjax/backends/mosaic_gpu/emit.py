@@ -11,7 +11,8 @@ single operation. The interpreter cannot run that, and takes plain JAX operation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import loads, tile_ops
+from flexjax.backends.mosaic_gpu import lanes, loads, placement, tile_ops
+from flexjax.backends.mosaic_gpu.lanes import Lane
 from flexjax.backends.mosaic_gpu.program import Program, TileType
-from flexjax.mods.graph import COLUMN, ROW, SCALAR, Graph, Node
+from flexjax.mods.graph import COLUMN, ROW, SCALAR, TILE, Graph, Node
 from flexjax.mods.ops import OPS
 
 
@@ -31,7 +33,8 @@ class TileInputs:
     """One tile of scores, as a kernel knows it.
 
     Attributes:
-        score: float32 scores [q_size, kv_size] in `layout`; None for a mask_mod.
+        score: float32 scores [q_size, kv_size] in `layout`, [kv_size, q_size] if transposed; None for a
+            mask_mod.
         b, h: int32 scalars.
         q_start, kv_start: int32 scalars, indices of the first query and key; multiples of the sizes.
         q_size, kv_size: static size of the tile.
@@ -39,7 +42,8 @@ class TileInputs:
             does not divide them, indices are clamped for loads: nothing is read out of bounds, and what is
             computed out there is to be discarded. A multiple of the size promises that no tile sticks out.
         layout: layout of tiles; rows (one value a query) have `layout.reduce(1)`, columns
-            `layout.reduce(0)`.
+            `layout.reduce(0)`, and the other way round if transposed.
+        transposed: whether the tile's first axis is that of the keys.
         approx_math: approximate transcendental functions and divisions, good enough for bfloat16 inputs.
         interpret: plain JAX operations only, for the Mosaic interpreter on the CPU.
     """
@@ -54,6 +58,7 @@ class TileInputs:
     q_limit: int
     kv_limit: int
     layout: Any = plgpu.Layout.WGMMA
+    transposed: bool = False
     approx_math: bool = False
     interpret: bool = False
 
@@ -66,6 +71,7 @@ class TileInputs:
             self.kv_limit,
             self.layout,
             self.approx_math,
+            self.transposed,
         )
 
     def scalar(self, name: str) -> jax.Array:
@@ -78,8 +84,8 @@ class TileValue:
 
     Attributes:
         value: an array of the rank's shape: () for `scalar`, (q_size,) for `row`, (kv_size,) for `column`,
-            (q_size, kv_size) for `tile`. Float16 and bfloat16 values are carried in float32, narrow integers
-            in 32 bits.
+            (q_size, kv_size) for `tile`, or its transpose. Float16 and bfloat16 values are carried in float32,
+            narrow integers in 32 bits.
         rank: one of `scalar`, `row`, `column`, `tile`.
     """
 
@@ -91,7 +97,7 @@ def broadcast(value: TileValue, rank: str, inputs: TileInputs) -> jax.Array:
     """A value as an array of a higher (or its own) rank."""
     if value.rank == rank:
         return value.value
-    dims = {SCALAR: (), ROW: (0,), COLUMN: (1,)}[value.rank]
+    dims = () if value.rank == SCALAR else (inputs.type.axis_of(value.rank),)
     array = lax.broadcast_in_dim(value.value, inputs.type.shape_of(rank), dims)
     return plgpu.layout_cast(array, inputs.type.layout_of(rank))
 
@@ -155,6 +161,78 @@ def _inlined(graph: Graph, refs: Sequence[Any], inputs: TileInputs) -> Sequence[
         arg_types=(*arg_types, *(plgpu.RefType() for _ in used)), return_type=tuple(results)
     )
     return call(program)(*args, *used)
+
+
+def map_on_tile(
+    function: Callable[..., Sequence[Lane]],
+    count: int,
+    graph: Graph,
+    refs: Sequence[Any],
+    inputs: TileInputs,
+    others: tuple[jax.Array, str],
+) -> Sequence[jax.Array]:
+    """Float32 tiles of a function of the graph's outputs, element by element, on the GPU.
+
+    Every element is finished before the next is begun. Where few registers are left, this is what keeps
+    intermediate values of a whole tile from being alive at a time.
+
+    Args:
+        function: from the outputs' lanes and one of `others` to `count` lanes.
+        count: how many tiles are wanted.
+        graph: as for `evaluate_on_tile`, like refs and inputs.
+        refs: see `evaluate_on_tile`.
+        inputs: see `evaluate_on_tile`.
+        others: another array of float32, and its rank.
+    """
+    tile, (array, rank) = inputs.type, others
+    program = Program(graph, tile)
+    used = refs[: len(graph.captures)]
+    scalars = [inputs.scalar(name) for name in program.scalars]
+    scores = [inputs.score] if program.has_score else []
+    types = [plgpu.Layout.WG_SPLAT] * len(scalars) + [tile.layout] * len(scores)
+    result = plgpu.ShapeDtypeStruct(tile.shape_of(TILE), jnp.float32, tile.layout)
+
+    call = plgpu.inline_mgpu(
+        arg_types=(tile.layout_of(rank), *types, *(plgpu.RefType() for _ in used)),
+        return_type=(result,) * count,
+    )
+    emitted = functools.partial(emit_mapped, function, count, program, rank)
+    return call(emitted)(array, *scalars, *scores, *used)
+
+
+def emit_mapped(
+    function: Callable[..., Sequence[Lane]],
+    count: int,
+    program: Program,
+    rank: str,
+    ctx: Any,
+    other: Any,
+    *args: Any,
+) -> Sequence[Any]:
+    """What `map_on_tile` inlines."""
+    del ctx
+    graph, tile = program.graph, program.tile
+    started, shape = program.start(args, on_demand=True), tile.shape_of(TILE)
+    others, layout = placement.unpack(other, lanes.F32), tile.layout.to_mgpu()
+    made: dict[placement.Offsets, Sequence[Lane]] = {}
+    for register in placement.static_offsets(layout, shape):
+        for offsets in register:
+            values = (
+                started.output(o, _projected(tile, graph.nodes[o].rank, offsets))
+                for o in graph.outputs
+            )
+            made[offsets] = function(*values, others[_projected(tile, rank, offsets)])
+    return tuple(
+        placement.pack(lambda offsets, i=i: made[offsets][i], layout, shape, lanes.F32)
+        for i in range(count)
+    )
+
+
+def _projected(tile: TileType, rank: str, offsets: placement.Offsets) -> placement.Offsets:
+    """Offsets of an element for a value of a rank."""
+    if rank in (SCALAR, TILE):
+        return offsets if rank == TILE else ()
+    return (offsets[tile.axis_of(rank)],)
 
 
 # -- the interpreter --------------------------------------------------------------------------------

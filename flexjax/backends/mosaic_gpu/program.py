@@ -42,16 +42,22 @@ class TileType:
     kv_limit: int
     layout: Any
     approx: bool
+    transposed: bool = False
+
+    def axis_of(self, rank: str) -> int:
+        """The axis of a tile along which values of rank `row` (one a query) or `column` (one a key) vary."""
+        return int((rank == COLUMN) != self.transposed)
 
     def shape_of(self, rank: str) -> tuple[int, ...]:
         sizes = {SCALAR: (), ROW: (self.q_size,), COLUMN: (self.kv_size,)}
-        return sizes.get(rank, (self.q_size, self.kv_size))
+        whole = (self.q_size, self.kv_size)
+        return sizes.get(rank, whole[::-1] if self.transposed else whole)
 
     def layout_of(self, rank: str) -> Any:
         """Layout of values of a rank; scalars have none."""
         if rank == SCALAR:
             return None
-        return {ROW: self.layout.reduce(1), COLUMN: self.layout.reduce(0), TILE: self.layout}[rank]
+        return self.layout if rank == TILE else self.layout.reduce(1 - self.axis_of(rank))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +84,19 @@ class Program:
     def _inputs(self) -> frozenset[str]:
         return self.graph.depends
 
-    def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
-        del ctx
+    def start(self, args: Sequence[Any], on_demand: bool = False) -> _Run:
+        """Emits the program on its arguments; `on_demand`, what is computed once a score only when asked for."""
         scalars = {
             name: Lane(array.registers.item(), I32)
             for name, array in zip(self.scalars, args, strict=False)
         }
         rest = args[len(scalars) :]
         score = rest[0] if self.has_score else None
-        run = _Run(self, scalars, score, rest[self.has_score :])
+        return _Run(self, scalars, score, rest[self.has_score :], on_demand)
+
+    def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
+        del ctx
+        run = self.start(args)
         outputs = []
         for position in self.graph.outputs:
             node = self.graph.nodes[position]
@@ -102,6 +112,18 @@ class Program:
         return outputs
 
 
+class _OnDemand(dict[Offsets, Item]):
+    """Values that are computed when they are first asked for."""
+
+    def __init__(self, compute: Callable[[Offsets], Item]):
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, offsets: Offsets) -> Item:
+        self[offsets] = value = self._compute(offsets)
+        return value
+
+
 class _Run:
     """One emission of a program."""
 
@@ -111,21 +133,20 @@ class _Run:
         scalars: dict[str, Lane],
         score: mgpu.FragmentedArray | None,
         refs: Sequence[Any],
+        on_demand: bool,
     ):
+        self.on_demand = on_demand
         self.graph, self.tile, self.refs = program.graph, program.tile, refs
         self.forms = Forms()
         self.scalars = scalars
         self.score = None if score is None else placement.unpack(score, F32)
         layout, shape = self.tile.layout.to_mgpu(), self.tile.shape_of(TILE)
         places = [o for register in placement.static_offsets(layout, shape) for o in register]
-        rows, columns = (sorted({o[axis] for o in places}) for axis in (0, 1))
-        self.offsets: dict[str, list[Offsets]] = {
-            SCALAR: [()],
-            ROW: [(r,) for r in rows],
-            COLUMN: [(c,) for c in columns],
-            TILE: sorted(places),
-        }
-        # Pairs of neighbouring keys start at even ones.
+        self.offsets: dict[str, list[Offsets]] = {SCALAR: [()], TILE: sorted(places)}
+        for rank in (ROW, COLUMN):
+            axis = self.tile.axis_of(rank)
+            self.offsets[rank] = [(i,) for i in sorted({o[axis] for o in places})]
+        # Pairs of neighbouring columns start at even ones.
         self._alignment = layout.vector_length if (0, 1) in places else 1
         self._origin = placement.origin(layout, shape)
         self._clamped = self._index_cone()
@@ -179,8 +200,9 @@ class _Run:
             return dict(self.score)
         if name in ("b", "h"):
             return {(): self.forms.base(self.scalars[name])}
-        axis, rank = (0, ROW) if name == "q" else (1, COLUMN)
-        size, limit = self.tile.shape_of(TILE)[axis], (self.tile.q_limit, self.tile.kv_limit)[axis]
+        rank, limit = (ROW, self.tile.q_limit) if name == "q" else (COLUMN, self.tile.kv_limit)
+        axis = self.tile.axis_of(rank)
+        size = self.tile.shape_of(TILE)[axis]
         bound = max(limit, _LENGTH_FLOOR)
         alignment = self._alignment if axis == 1 else 1
         start = self.forms.base(self.scalars[f"{name}_start"], bound, size)
@@ -200,7 +222,7 @@ class _Run:
         if rank == SCALAR:
             return self.values[position][()]
         if len(offsets) == 2 and rank != TILE:
-            offsets = (offsets[0 if rank == ROW else 1],)
+            offsets = (offsets[self.tile.axis_of(rank)],)
         return self.values[position][offsets]
 
     def _load(self, node: Node) -> dict[Offsets, Item]:
@@ -221,14 +243,17 @@ class _Run:
     def _elementwise(self, node: Node) -> dict[Offsets, Item]:
         sources, emit = self._fused(node) or (node.args, self._plain(node))
         made: dict[tuple[int, ...], Item] = {}
-        values = {}
-        for offsets in self.offsets[node.rank]:
+
+        def value(offsets: Offsets) -> Item:
             args = [self._argument(a, offsets) for a in sources]
             key = tuple(map(id, args))
             if key not in made:
                 made[key] = emit(args)
-            values[offsets] = made[key]
-        return values
+            return made[key]
+
+        if self.on_demand and node.rank == TILE:
+            return _OnDemand(value)
+        return {offsets: value(offsets) for offsets in self.offsets[node.rank]}
 
     def _plain(self, node: Node) -> Emitter:
         nodes = [self.graph.nodes[a] for a in node.args]

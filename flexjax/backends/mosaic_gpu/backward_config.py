@@ -1,0 +1,249 @@
+"""How the backward kernels are configured, and the heuristics that choose it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+from flexjax.backends.mosaic_gpu import config as forward_config
+from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS, padded_dim
+from flexjax.problem import Problem
+
+Q_TILES = (128, 64)
+ORDERS = ("dk_first", "dq_first", "pipelined")
+
+# Registers a thread of the consumers and of the producer, by the number of consumer warpgroups.
+REGISTERS = {1: None, 2: (240, 24)}
+
+# Tiles of dS in shared memory: a warpgroup writes one while the other still multiplies the one before.
+DS_STAGES = 2
+
+
+class Part(NamedTuple):
+    """A warpgroup's share of a tile of dQ.
+
+    Attributes:
+        row, rows: which queries of the step.
+        column, columns: which columns of the head dimension; none if `columns` is 0.
+    """
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Static choices of the kernel that computes dK and dV and, unless `deterministic`, dQ.
+
+    Attributes:
+        warpgroups: consumer warpgroups, of 64 keys each; of the same 64 keys if `wide`.
+        q_tile: queries of one step.
+        stages: tiles of queries, and of the output's cotangents, in flight.
+        order: "dk_first" or "dq_first": which product is issued first once dS is known; "pipelined" also issues
+            the scores of the next step before this one ends (see backward_pipelined_sm90.py).
+        stagger: CTAs start at different queries, so that not all add to the same rows of dQ at a time.
+        deterministic: dQ comes from a kernel of its own (see dq_sm90.py) and nothing is added in an order that
+            changes from run to run.
+        approx_math: approximate transcendental functions in the mods.
+        interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
+        wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
+        dq: configuration of the kernel for dQ, where `deterministic`.
+    """
+
+    warpgroups: int
+    q_tile: int
+    stages: int
+    order: str = "dk_first"
+    stagger: bool = False
+    deterministic: bool = False
+    approx_math: bool = True
+    interpret: bool = False
+    wide: bool = False
+    dq: forward_config.Config | None = None
+
+    @property
+    def pipelined(self) -> bool:
+        return self.order == "pipelined" and not self.deterministic
+
+    @property
+    def idle_steps(self) -> int:
+        """Steps that are loaded beyond those of a row, and not used."""
+        return int(self.pipelined)
+
+    @property
+    def key_slots(self) -> int:
+        """Groups of 64 keys in one CTA's tile."""
+        return 1 if self.wide else self.warpgroups
+
+    @property
+    def kv_tile(self) -> int:
+        """Keys of one CTA's tile."""
+        return self.key_slots * WARPGROUP_ROWS
+
+
+OPTIONS = {
+    "deterministic": bool,
+    "backward_warpgroups": int,
+    "backward_q_tile": int,
+    "backward_stages": int,
+    "backward_order": str,
+    "backward_stagger": bool,
+}
+
+
+def key_swizzle(config: BackwardConfig, dim: int) -> int:
+    """Bytes of a swizzled row of the shared memory of keys, queries and dS.
+
+    Warpgroups that share dQ by columns need at least one such row each.
+    """
+    shared = config.warpgroups > 1 and not by_rows(config)
+    for swizzle in (128, 64, 32):
+        if dim % (swizzle // 2) == 0 and (not shared or dim >= swizzle or swizzle == 32):
+            return swizzle
+    raise AssertionError(f"head dimensions are padded to 16, but this one is {dim}")
+
+
+def by_rows(config: BackwardConfig) -> bool:
+    """Whether warpgroups share dQ by queries, which takes 64 of them each, rather than by columns."""
+    return config.warpgroups > 1 and config.q_tile == config.warpgroups * WARPGROUP_ROWS
+
+
+def parts(config: BackwardConfig, dim: int) -> tuple[Part, ...]:
+    """The warpgroups' shares of a tile of dQ, [q_tile, dim]."""
+    n = config.warpgroups
+    if by_rows(config):
+        return tuple(Part(w * WARPGROUP_ROWS, WARPGROUP_ROWS, 0, dim) for w in range(n))
+    unit = key_swizzle(config, dim) // 2
+    ends = [-(-(dim // unit) * w // n) * unit for w in range(n + 1)]
+    return tuple(Part(0, config.q_tile, a, b - a) for a, b in itertools.pairwise(ends))
+
+
+def shared_memory(problem: Problem, config: BackwardConfig) -> int:
+    """Bytes of shared memory that the kernel's tiles take."""
+    d, dv = padded_dim(problem.qk_dim), padded_dim(problem.v_dim)
+    numbers = (config.kv_tile + config.stages * config.q_tile) * (d + dv)
+    numbers += (DS_STAGES + config.interpret) * config.kv_tile * config.q_tile
+    floats = 2 * config.stages * config.q_tile
+    if not config.deterministic:
+        floats += config.q_tile * d
+    return 2 * numbers + 4 * floats
+
+
+def dq_shared_memory(problem: Problem, config: forward_config.Config) -> int:
+    """Bytes of shared memory that the tiles of the kernel for dQ take."""
+    d, dv = padded_dim(problem.qk_dim), padded_dim(problem.v_dim)
+    numbers = (config.q_tile + config.stages * config.kv_tile) * (d + dv)
+    if config.interpret:
+        numbers += config.q_tile * config.kv_tile
+    return 2 * numbers
+
+
+def choose(problem: Problem) -> BackwardConfig:
+    """The configuration for a problem; its kernel options override the heuristics.
+
+    Raises:
+        NotImplementedError: no configuration fits the problem, or the options do not.
+    """
+    if problem.blocks is not None and not problem.blocks.backward:
+        raise NotImplementedError(
+            "the block mask has no transposed lists. Build it without inference_only=True."
+        )
+    blocks = problem.blocks
+    odd = blocks is not None and blocks.geometry.kv_block % (2 * WARPGROUP_ROWS) != 0
+    narrow = max(padded_dim(problem.qk_dim), padded_dim(problem.v_dim)) <= 64
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    warpgroups = problem.option("backward_warpgroups", 1 if odd and not wide else 2)
+    roomy = narrow and _few_derivatives(problem)
+    roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
+    interpret = problem.option("interpret", False)
+    deterministic = problem.option("deterministic", False)
+    config = BackwardConfig(
+        warpgroups=warpgroups,
+        q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
+        stages=2,
+        order=problem.option("backward_order", ORDERS[0]),
+        stagger=problem.option("backward_stagger", False),
+        deterministic=deterministic,
+        approx_math=problem.option("approx_math", True),
+        interpret=interpret,
+        wide=wide,
+        dq=_choose_dq(problem, interpret) if deterministic else None,
+    )
+    stages = problem.option("backward_stages", None)
+    if stages is not None:
+        config = dataclasses.replace(config, stages=stages)
+    elif shared_memory(problem, config) > SHARED_MEMORY:
+        config = dataclasses.replace(config, stages=1)
+    return _checked(problem, config)
+
+
+def _few_derivatives(problem: Problem) -> bool:
+    """Whether registers suffice for wide tiles: derivatives by what the score_mod reads are whole tiles too."""
+    score = problem.score
+    if score is None or score.gradient is None:
+        return True
+    graph, loads = score.gradient.graph, score.gradient.loads
+    derivatives = (graph.nodes[graph.outputs[load.derivative]] for load in loads)
+    return len(loads) <= 1 and all(d.op == "const" for d in derivatives)
+
+
+def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:
+    blocks = problem.blocks
+    two = blocks is None or blocks.geometry.q_block % (2 * WARPGROUP_ROWS) == 0
+    wide = blocks is None or blocks.geometry.kv_block % 128 == 0
+    config = forward_config.Config(
+        warpgroups=2 if two else 1,
+        kv_tile=128 if wide else 64,
+        stages=2,
+        persistent=False,
+        ping_pong=False,
+        trust_maximum=False,
+        approx_math=problem.option("approx_math", True),
+        interpret=interpret,
+    )
+    # What does not fit gives up first width, then the overlap of tiles.
+    fallbacks = [config, *(dataclasses.replace(config, kv_tile=64, stages=n) for n in (2, 1))]
+    fitting = (c for c in fallbacks if dq_shared_memory(problem, c) <= SHARED_MEMORY)
+    return next(fitting, fallbacks[-1])
+
+
+def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
+    if config.warpgroups not in REGISTERS:
+        raise NotImplementedError(
+            f"the backward kernel runs 1 or 2 consumer warpgroups, but {config.warpgroups} were asked for."
+        )
+    if config.wide and (config.warpgroups != 2 or config.q_tile != 64 or config.order != ORDERS[0]):
+        raise NotImplementedError(
+            "head dimensions above 128 take two warpgroups, 64 queries a step and the order "
+            f"{ORDERS[0]!r}, but kernel options ask for {config.warpgroups}, {config.q_tile} and "
+            f"{config.order!r}."
+        )
+    if config.pipelined and config.stages < 2:
+        raise NotImplementedError("backward_order='pipelined' needs at least 2 stages.")
+    if config.q_tile not in Q_TILES:
+        raise NotImplementedError(
+            f"the backward kernel's tiles have {' or '.join(map(str, Q_TILES))} queries, but "
+            f"{config.q_tile} were asked for."
+        )
+    if config.order not in ORDERS:
+        raise NotImplementedError(
+            f"backward_order is {' or '.join(map(repr, ORDERS))}, but it is {config.order!r}."
+        )
+    if problem.blocks is not None:
+        geometry = problem.blocks.geometry
+        if geometry.q_block % config.q_tile or geometry.kv_block % config.kv_tile:
+            raise NotImplementedError(
+                f"the block mask has blocks of ({geometry.q_block}, {geometry.kv_block}) positions, which "
+                f"the backward kernel's tiles of ({config.q_tile}, {config.kv_tile}) do not divide. Build it "
+                "with a block size that is a multiple of 64, best of 128."
+            )
+    needed = shared_memory(problem, config)
+    if needed > SHARED_MEMORY:
+        raise NotImplementedError(
+            f"the backward kernel's tiles would take {needed} bytes of shared memory of {SHARED_MEMORY}. "
+            "Ask for fewer stages or smaller tiles."
+        )
+    return config

@@ -1,0 +1,327 @@
+"""The consumers of the backward kernel: 64 keys of a column each. See backward_sm90.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import backward_config as configs
+from flexjax.backends.mosaic_gpu import capture_gradients, reductions, registers
+from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
+from flexjax.backends.mosaic_gpu.backward_schedule import Column
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.registers import ROW
+from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place
+
+
+class Accumulators(NamedTuple):
+    """Accumulators of the column's matrix products, [64, D] and [64, Dv]."""
+
+    dk: Any
+    dv: Any
+
+
+class Carry(NamedTuple):
+    """What a consumer carries from step to step.
+
+    Attributes:
+        sums: by key, one for every load of kind KEYS.
+        ahead: what was computed ahead for the next step; see backward_pipelined_sm90.py.
+    """
+
+    sums: tuple[Any, ...]
+    ahead: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A warpgroup that computes 64 keys of a column.
+
+    Its number is static: the addresses of its shared memory are then constants of the matrix instructions, which
+    otherwise take registers that are not there.
+    """
+
+    kernel: Kernel
+    inputs: Inputs
+    outputs: Outputs
+    buffers: Buffers
+    warpgroup: int
+
+    @property
+    def _part(self) -> configs.Part | None:
+        """The share of dQ that this warpgroup computes; None without any."""
+        parts = self.kernel.parts
+        return parts[self.warpgroup] if parts and parts[self.warpgroup].columns else None
+
+    def run(self, cta: Any) -> None:
+        kernel, buffers = self.kernel, self.buffers
+        column = kernel.schedule.column(cta)
+        # Every warpgroup reads all the keys, for its share of dQ.
+        plgpu.barrier_wait(buffers.key_value_full)
+
+        def accumulate(dk: Any, dv: Any) -> tuple[Any, Any]:
+            self._column(column, Accumulators(dk, dv))
+            return dk[...], dv[...]
+
+        dims = (x.shape[-1] for x in (buffers.key, buffers.value))
+        shapes = (plgpu.ACC((WARPGROUP_ROWS, d), jnp.float32) for d in dims)
+        self._store(column, *pl.run_scoped(accumulate, *shapes))
+
+    @property
+    def _slot(self) -> int:
+        """Which of the column's slots of 64 keys this warpgroup computes."""
+        return self.warpgroup
+
+    @property
+    def _first_key(self) -> int:
+        return self._slot * WARPGROUP_ROWS
+
+    @property
+    def _key_sums(self) -> tuple[Any, ...]:
+        """References to the sums by key that this warpgroup computes."""
+        return self.outputs.key_sums
+
+    def _column(self, column: Column, accumulators: Accumulators) -> None:
+        schedule = self.kernel.schedule
+
+        def row(number: Any, begin: Any) -> Any:
+            b, h = schedule.row(column, number)
+            steps = schedule.steps(self.inputs.lists, column, b, h)
+
+            def step(masked: bool) -> Any:
+                def run(i: Any, carry: Carry) -> Carry:
+                    first_query = pl.multiple_of(steps.first_query(i), self.kernel.config.q_tile)
+                    place = Place(
+                        b,
+                        h,
+                        schedule.inside(first_query),
+                        column.tile * self.kernel.config.kv_tile + self._first_key,
+                    )
+                    return self._step(begin + i, first_query, place, accumulators, carry, masked)
+
+                return run
+
+            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
+            carry = Carry(tuple(zeros for _ in self._key_sums), self._start_row(begin))
+            if schedule.has_masked_steps:
+                carry = lax.fori_loop(0, steps.masked, step(True), carry)
+                carry = lax.fori_loop(steps.masked, steps.count, step(False), carry)
+            else:
+                carry = lax.fori_loop(0, steps.count, step(False), carry)
+            self._end_row(begin + steps.count)
+            self._store_key_sums(carry.sums, column, b, h)
+            return begin + steps.count + self.kernel.config.idle_steps
+
+        if schedule.rows == 1:
+            row(jnp.int32(0), jnp.int32(0))
+        else:
+            lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+
+    def _start_row(self, begin: Any) -> Any:
+        """What is computed ahead of the first step, number `begin`, of a batch row and query head."""
+        del begin
+        return ()
+
+    def _end_row(self, end: Any) -> None:
+        """Takes the idle steps from number `end`."""
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        number: Any,
+        first_query: Any,
+        place: Place,
+        accumulators: Accumulators,
+        carry: Carry,
+        masked: bool,
+    ) -> Carry:
+        kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
+        stage = kernel.stage(number)
+        ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
+        plgpu.barrier_wait(buffers.query_full.at[stage])
+        p, cotangents = self._cotangents(stage, place, masked)
+        ds = cotangents.ds.astype(kernel.problem.q_dtype)
+        self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
+        own_ds = buffers.ds.at[ds_stage, self._slot]
+        if kernel.parts or config.interpret:
+            own_ds[...] = ds
+            plgpu.commit_smem()
+        if kernel.parts:
+            plgpu.barrier_arrive(buffers.ds_full)
+        dk_first = config.order == "dk_first" or self._part is None
+        operand = own_ds if config.interpret else ds
+        if dk_first:
+            plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
+        carry = carry._replace(sums=self._sum_loads(carry.sums, cotangents, first_query, place))
+        if kernel.parts:
+            plgpu.barrier_wait(buffers.ds_full)
+        if dk_first:
+            self._finish_step(stage, ds_stage, place, first_query)
+            return carry
+        part = self._part
+        assert part is not None, "the other order is that of a warpgroup with a share of dQ"
+
+        def product(dq: Any) -> Any:
+            self._issue_dq(dq, part, ds_stage)
+            plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
+            result = plgpu.wgmma_accumulator_load(dq, wait_n=1)
+            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
+            return result
+
+        dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+        self._add_to_dq(dq, part, place, first_query)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(buffers.query_free.at[stage])
+        return carry
+
+    def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
+        """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
+        dq = self._finish_products(stage, ds_stage)
+        if self._part is not None:
+            self._add_to_dq(dq, self._part, place, first_query)
+
+    def _finish_products(self, stage: Any, ds_stage: Any) -> Any:
+        """Awaits all products and hands the step's tiles back; returns the share of dQ, None without one."""
+        buffers, part = self.buffers, self._part
+
+        def hand_back() -> None:
+            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
+            plgpu.barrier_arrive(buffers.query_free.at[stage])
+
+        if part is None:
+            plgpu.wgmma_wait(0)
+            hand_back()
+            return None
+
+        def product(dq: Any) -> Any:
+            plgpu.wgmma_wait(self._issue_dq(dq, part, ds_stage))
+            hand_back()
+            return dq[...]
+
+        return pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+
+    def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
+        """Issues a warpgroup's share of dS K; returns the number of products."""
+        slots = self.kernel.config.key_slots
+        for slot in range(slots):
+            queries = self.buffers.ds.at[ds_stage, slot, :, pl.ds(part.row, part.rows)]
+            keys = self.buffers.key.at[slot, :, pl.ds(part.column, part.columns)]
+            plgpu.wgmma(dq, queries.transpose((1, 0)), keys)
+        return slots
+
+    def _cotangents(self, stage: Any, place: Place, masked: bool) -> tuple[Any, Cotangents]:
+        """(probabilities as operand, cotangents) of a step; awaits its products."""
+        kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
+        captures, mask_captures = self.inputs.score_captures, self.inputs.mask_captures
+
+        def compute(scores: Any, dp: Any) -> Any:
+            plgpu.wgmma(
+                scores, buffers.key.at[self._slot], buffers.query.at[stage].transpose((1, 0))
+            )
+            plgpu.barrier_wait(buffers.d_out_full.at[stage])
+            plgpu.wgmma(dp, buffers.value.at[self._slot], buffers.d_out.at[stage].transpose((1, 0)))
+            early = masked and kernel.mask_loads
+            allowed = tile.allowed(place, mask_captures) if early else None
+            raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+            if masked and not early:
+                allowed = tile.allowed(place, mask_captures)
+            # Read late, or ptxas keeps them in registers while there are none to spare.
+            lse = plgpu.load(buffers.lse.at[stage], layout=tile.query_layout)
+            known = tile.probabilities(raw, lse, place, captures, allowed, masked)
+            p = known.p.astype(kernel.problem.q_dtype)
+            difference = dp[...]
+            delta = plgpu.load(buffers.delta.at[stage], layout=tile.query_layout)
+            return p, tile.cotangents(known, difference, delta, place, captures)
+
+        shape = plgpu.ACC(tile.shape, jnp.float32)
+        return pl.run_scoped(compute, shape, shape)
+
+    def _add_product(
+        self, accumulator: Any, operand: Any, buffer: tuple[Any, ...], other: Any
+    ) -> None:
+        """Issues a product with an operand in registers, which the interpreter does not know."""
+        if buffer:
+            staged = buffer[0].at[self._slot]
+            staged[...] = operand
+            plgpu.commit_smem()
+            operand = staged
+        plgpu.wgmma(accumulator, operand, other)
+
+    def _add_to_dq(self, dq: Any, part: configs.Part, place: Place, first_query: Any) -> None:
+        problem, interpret = self.kernel.problem, self.kernel.config.interpret
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer = self.buffers.dq[self.warpgroup]
+        buffer[...] = dq
+        plgpu.commit_smem()
+        (target,) = self.inputs.dq
+        if interpret:  # which has no reductions: every tile of keys has a dQ of its own
+            target = target.at[lax.div(place.key, jnp.int32(self.kernel.config.kv_tile))]
+        columns = pl.ds(part.column, part.columns)
+        target = rows(problem, target, place.b, place.h, first_query + part.row, part.rows, columns)
+        plgpu.copy_smem_to_gmem(buffer, target, reduction_op=None if interpret else "add")
+
+    # -- captured arrays ------------------------------------------------------------------------
+
+    def _sum_loads(
+        self, sums: tuple[Any, ...], cotangents: Cotangents, first_query: Any, place: Place
+    ) -> tuple[Any, ...]:
+        """Adds a step to the gradients of what the score_mod reads; returns the new sums by key."""
+        kernel, problem, interpret = self.kernel, self.kernel.problem, self.kernel.config.interpret
+        by_key, targets = list(sums), list(self.inputs.sums)
+        head = place.b * problem.q_heads + place.h
+        for load in kernel.loads:
+            values = cotangents.loads[load.number]
+            if load.kind == capture_gradients.KEYS:
+                added = values.sum(axis=1) if interpret else registers.partial_row_sums(values)
+                by_key.append(by_key.pop(0) + added)  # once around
+                continue
+            target = targets.pop(0)
+            if interpret:
+                span = pl.ds(place.key, WARPGROUP_ROWS), pl.ds(first_query, kernel.config.q_tile)
+                target[(place.b, place.h, *span)] = values
+            elif load.kind == capture_gradients.QUERIES:
+                start = head * kernel.schedule.padded_queries + first_query
+                reductions.add_column_sums(target, values, start)
+            elif load.kind == capture_gradients.DIAGONALS:
+                count = capture_gradients.diagonal_count(problem.q_len, problem.kv_len)
+                zero = capture_gradients.diagonal_origin(problem.kv_len)
+                start = head * count + zero + place.query - place.key
+                reductions.add_diagonal_sums(target, values, start)
+            else:
+                indices = kernel.tile.load_indices(load.number, place, self.inputs.score_captures)
+                reductions.add_elements(target, load.strides, indices, values, transposed=True)
+        return tuple(by_key)
+
+    def _store_key_sums(self, sums: tuple[Any, ...], column: Column, b: Any, h: Any) -> None:
+        first = column.tile * self.kernel.config.kv_tile + self._first_key
+        for ref, total in zip(self._key_sums, sums, strict=True):
+            if not self.kernel.config.interpret:
+                total = registers.finish_row_sums(total)
+            ref[b, h, pl.ds(first, WARPGROUP_ROWS)] = total
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _store(self, column: Column, dk: Any, dv: Any) -> None:
+        """Writes dK and dV of a column, in place of its keys and values; what lies past the end TMA drops."""
+        self._store_tile(column, dv, self.buffers.value, self.outputs.dv)
+        if self.kernel.parts:
+            # The other warpgroup may still read these keys, for its last share of dQ.
+            plgpu.barrier_arrive(self.buffers.ds_full)
+            plgpu.barrier_wait(self.buffers.ds_full)
+        scaled = dk * self.kernel.problem.scale
+        self._store_tile(column, scaled, self.buffers.key, self.outputs.dk)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
+        problem, staged = self.kernel.problem, buffer.at[self._slot]
+        staged[...] = x.astype(problem.q_dtype)
+        plgpu.commit_smem()
+        first = column.tile * self.kernel.config.kv_tile + self._first_key
+        where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(staged, where)

@@ -1,0 +1,184 @@
+"""What the producer and the consumers of the backward kernel share: static facts, references, shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import backward_config as configs
+from flexjax.backends.mosaic_gpu import capture_gradients
+from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
+from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.tile_gradients import TileGradients
+from flexjax.problem import BLHD, Problem
+
+
+class Inputs(NamedTuple):
+    """References to what the kernel reads, and to the float32 sums that it adds to.
+
+    Attributes:
+        query, key, value, d_out: in the problem's layout.
+        lse, delta: [B, Hq, padded queries]; the logsumexp in units of log2, +inf in rows that do not count, and
+            D of the derivation.
+        lists: the transposed block lists.
+        score_captures, mask_captures: what the mods read.
+        dq: dQ without the scale, in the problem's layout; empty where another kernel computes it.
+        sums: one flat array for every load whose gradient is added in global memory.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    lse: Any
+    delta: Any
+    lists: tuple[Any, ...]
+    score_captures: tuple[Any, ...]
+    mask_captures: tuple[Any, ...]
+    dq: tuple[Any, ...]
+    sums: tuple[Any, ...]
+
+
+class Outputs(NamedTuple):
+    """References to what the kernel writes; `key_sums` is [B, Hq, padded keys] for every load of kind KEYS."""
+
+    dk: Any
+    dv: Any
+    key_sums: tuple[Any, ...]
+
+
+class Buffers(NamedTuple):
+    """Shared memory and barriers.
+
+    Attributes:
+        key, value: [slots, 64, D or Dv].
+        query, d_out: [stages, q_tile, D or Dv].
+        lse, delta: [stages, q_tile].
+        ds: [2, slots, 64, q_tile].
+        dq: every warpgroup's share of a tile of dQ, float32.
+        p: [slots, 64, q_tile] in the interpreter, or empty.
+        key_value_full: one barrier.
+        query_full, query_free, d_out_full, d_out_free: one barrier a stage.
+        ds_full: one barrier at which the consumers meet.
+    """
+
+    key: Any
+    value: Any
+    query: Any
+    d_out: Any
+    lse: Any
+    delta: Any
+    ds: Any
+    dq: tuple[Any, ...]
+    p: tuple[Any, ...]
+    key_value_full: Any
+    query_full: Any
+    query_free: Any
+    d_out_full: Any
+    d_out_free: Any
+    ds_full: Any
+
+
+def tiles(dtype: Any, *shape: int, swizzle: int | None = None) -> Any:
+    """Shared memory for tiles that TMA and the matrix products understand."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def barriers(count: int, arrivals: int = 1) -> Any:
+    return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
+
+
+def rows(problem: Problem, ref: Any, b: Any, h: Any, first: Any, count: int, *columns: Any) -> Any:
+    """Rows of one head of a tensor in the problem's layout, all columns of them or some."""
+    span = pl.ds(first, count)
+    return ref.at[b, span, h, *columns] if problem.layout == BLHD else ref.at[b, h, span, *columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernel of a problem under a schedule."""
+
+    schedule: ColumnSchedule
+
+    @property
+    def problem(self) -> Problem:
+        return self.schedule.problem
+
+    @property
+    def config(self) -> BackwardConfig:
+        return self.schedule.config
+
+    @property
+    def parts(self) -> tuple[configs.Part, ...]:
+        """The warpgroups' shares of dQ; empty where another kernel computes it."""
+        if self.config.deterministic:
+            return ()
+        return configs.parts(self.config, configs.padded_dim(self.problem.qk_dim))
+
+    @functools.cached_property
+    def loads(self) -> tuple[capture_gradients.Load, ...]:
+        """The captured elements whose gradients are summed here."""
+        loads = capture_gradients.loads_of(self.problem)
+        if not self.config.deterministic:
+            return loads
+        return tuple(load for load in loads if load.kind == capture_gradients.KEYS)
+
+    @property
+    def tile(self) -> TileGradients:
+        config, schedule = self.config, self.schedule
+        return TileGradients(
+            problem=self.problem,
+            q_size=config.q_tile,
+            kv_size=WARPGROUP_ROWS,
+            transposed=True,
+            queries_overhang=schedule.queries_overhang,
+            keys_overhang=schedule.keys_overhang,
+            approx_math=config.approx_math,
+            interpret=config.interpret,
+        )
+
+    @property
+    def mask_loads(self) -> bool:
+        """Whether the mask reads captured arrays: it is then evaluated while the products are under way."""
+        mask = self.problem.mask
+        return mask is not None and any(node.op == "load" for node in mask.nodes)
+
+    def buffers(self) -> Buffers:
+        config, dtype = self.config, self.problem.q_dtype
+        dim, v_dim = (configs.padded_dim(d) for d in (self.problem.qk_dim, self.problem.v_dim))
+        n, stages, q_tile = config.warpgroups, config.stages, config.q_tile
+        slots = config.key_slots
+        stats = plgpu.SMEM((stages, q_tile), jnp.float32)
+        # Both operands of a matrix product must be swizzled alike: K and Q, dS and K.
+        swizzle = configs.key_swizzle(config, dim)
+        return Buffers(
+            key=tiles(dtype, slots, WARPGROUP_ROWS, dim, swizzle=swizzle),
+            value=tiles(dtype, slots, WARPGROUP_ROWS, v_dim),
+            query=tiles(dtype, stages, q_tile, dim, swizzle=swizzle),
+            d_out=tiles(dtype, stages, q_tile, v_dim),
+            lse=stats,
+            delta=stats,
+            ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
+            dq=tuple(tiles(jnp.float32, p.rows, p.columns) for p in self.parts if p.columns),
+            p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
+            key_value_full=barriers(1, 2 * slots),
+            query_full=barriers(stages, 2),
+            query_free=barriers(stages, n),
+            d_out_full=barriers(stages, 2),
+            d_out_free=barriers(stages, n),
+            ds_full=barriers(1, n),
+        )
+
+    def stage(self, step: Any) -> Any:
+        """The stage of a step, counted over all steps of the CTA."""
+        return lax.rem(step, jnp.int32(self.config.stages))

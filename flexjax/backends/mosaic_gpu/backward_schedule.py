@@ -1,0 +1,172 @@
+"""Which tiles of keys the backward kernel computes, and which queries a tile visits.
+
+A *column* is one tile of keys of one key head, and the work of one CTA. It visits every batch row and query head
+that reads these keys, and in each of them the *steps*, tiles of queries, that the transposed block lists name:
+masked ones first, in which the mask decides or which reach over the last key, then the others.
+
+Tiles of keys vary fastest over the grid. CTAs that run at the same time then add to the dQ of few heads, which
+stays in the second-level cache, and for causal masks the first keys, with the most queries, come first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
+from flexjax.block_lists import cdiv
+from flexjax.problem import Problem
+
+
+class Column(NamedTuple):
+    """Batch row and head of the keys, and number of the tile of keys."""
+
+    b: Any
+    h: Any
+    tile: Any
+
+
+class Steps(NamedTuple):
+    """The steps of a column in one batch row and query head.
+
+    Attributes:
+        masked: how many of them, from the first, are masked.
+        count: how many there are.
+        first_query: from the number of a step to the first of its queries.
+    """
+
+    masked: Any
+    count: Any
+    first_query: Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnSchedule:
+    """The columns and steps of a problem under a configuration."""
+
+    problem: Problem
+    config: BackwardConfig
+
+    @property
+    def kv_tiles(self) -> int:
+        return cdiv(self.problem.kv_len, self.config.kv_tile)
+
+    @property
+    def padded_keys(self) -> int:
+        return self.kv_tiles * self.config.kv_tile
+
+    @property
+    def padded_queries(self) -> int:
+        """Queries that steps may visit: the last block of queries to its end."""
+        blocks = self.problem.blocks
+        unit = self.config.q_tile if blocks is None else blocks.geometry.q_block
+        return cdiv(self.problem.q_len, unit) * unit
+
+    @property
+    def columns(self) -> int:
+        return self.problem.kv_batch * self.problem.kv_heads * self.kv_tiles
+
+    @property
+    def keys_overhang(self) -> bool:
+        """Whether the last tile of keys reaches over the last key. Its steps are then all masked ones."""
+        return self.problem.kv_len % self.config.kv_tile != 0
+
+    @property
+    def queries_overhang(self) -> bool:
+        """Whether some step reaches over, or lies beyond, the last query."""
+        return self.padded_queries != self.problem.q_len
+
+    @property
+    def has_masked_steps(self) -> bool:
+        return self.problem.mask is not None or self.keys_overhang
+
+    @property
+    def rows(self) -> int:
+        """Batch rows and query heads that read the same keys."""
+        return self.problem.batch // self.problem.kv_batch * self.problem.group
+
+    def column(self, cta: Any) -> Column:
+        head, tile = lax.div(cta, jnp.int32(self.kv_tiles)), lax.rem(cta, jnp.int32(self.kv_tiles))
+        heads = jnp.int32(self.problem.kv_heads)
+        return Column(lax.div(head, heads), lax.rem(head, heads), tile)
+
+    def row(self, column: Column, number: Any) -> tuple[Any, Any]:
+        """Batch row and query head of one of the `rows` that read a column."""
+        p = self.problem
+        group = jnp.int32(p.group)
+        b = column.b * (p.batch // p.kv_batch) + lax.div(number, group)
+        return b, column.h * p.group + lax.rem(number, group)
+
+    def inside(self, first_query: Any) -> Any:
+        """Moves a step that lies wholly beyond the last query back onto queries, for the mods' indices."""
+        last = (cdiv(self.problem.q_len, self.config.q_tile) - 1) * self.config.q_tile
+        if last + self.config.q_tile == self.padded_queries:
+            return first_query
+        return jnp.minimum(first_query, last)
+
+    def steps(self, lists: Any, column: Column, b: Any, h: Any) -> Steps:
+        """The steps of a column in batch row b and query head h.
+
+        Args:
+            lists: references to q_num_blocks, q_indices, full_q_num_blocks, full_q_indices; empty without a
+                block mask.
+            column: the column.
+            b: the queries' batch row.
+            h: the queries' head.
+        """
+        q_tile = self.config.q_tile
+        if not lists:
+            count = jnp.int32(self.padded_queries // q_tile)
+            masked = jnp.int32(0)
+            if self.keys_overhang:
+                masked = jnp.where(column.tile == self.kv_tiles - 1, count, 0)
+            start = self._start(column, count)
+            return Steps(masked, count, lambda i: _rotated(i, start, count) * q_tile)
+        blocks = self.problem.blocks
+        assert blocks is not None, "lists come with their static part"
+        geometry = blocks.geometry
+        per_block = geometry.q_block // q_tile
+        block_column = lax.div(column.tile, jnp.int32(geometry.kv_block // self.config.kv_tile))
+        list_row = lax.div(b, jnp.int32(self.problem.batch // blocks.batch))
+        where = (list_row, h if blocks.heads > 1 else 0, block_column)
+        partial_counts, partial_indices, full_counts, full_indices = lists
+
+        def count_of(counts: Any, indices: Any) -> Any:
+            # No count is trusted beyond the list, and no entry beyond the mask.
+            return jnp.clip(counts[where], 0, indices.shape[-1])
+
+        def entry(indices: Any, i: Any) -> Any:
+            return indices[(*where, jnp.clip(i, 0, indices.shape[-1] - 1))]
+
+        partial = count_of(partial_counts, partial_indices)
+        full = count_of(full_counts, full_indices)
+        start = self._start(column, full)
+
+        def first_query(i: Any) -> Any:
+            i, part = lax.div(i, jnp.int32(per_block)), lax.rem(i, jnp.int32(per_block))
+            block = lax.select(
+                i < partial,
+                entry(partial_indices, i),
+                entry(full_indices, _rotated(i - partial, start, full)),
+            )
+            block = jnp.clip(block, 0, geometry.rows - 1)
+            return block * geometry.q_block + part * q_tile
+
+        return Steps(partial * per_block, (partial + full) * per_block, first_query)
+
+    def _start(self, column: Column, count: Any) -> Any:
+        """Where a column starts among `count` unmasked steps or blocks; None for the first one."""
+        if not self.config.stagger:
+            return None
+        return lax.rem(column.tile, jnp.maximum(count, 1))
+
+
+def _rotated(i: Any, start: Any, count: Any) -> Any:
+    if start is None:
+        return i
+    moved = i + start
+    return jnp.where(moved >= count, moved - count, moved)

@@ -1,0 +1,355 @@
+"""The backward pass on Hopper: one warp-specialised kernel with the mods and their derivatives inlined.
+
+With the notation of the derivation in backends/xla.py, a CTA owns a tile of 128 keys, 64 for each of two
+*consumer* warpgroups, and walks over the queries that see them (backward_schedule.py). Everything is computed
+transposed, keys by queries, so that P^T and dS^T are in registers as the matrix instructions want their first
+operand:
+
+    for every step of queries:
+        S^T = K Q^T            dP^T = V dO^T          both issued at once
+        P^T from S^T and the logsumexp                while dP^T is computed
+        dV += P^T dO           issued
+        dS^T from P^T, dP^T and D, to shared memory
+        dK += dS^T Q           issued
+        meet the other warpgroup; then its dS^T is there too
+        dQ tile = dS K         each warpgroup its share (backward_config.Part)
+        dQ += dQ tile          added in global memory, in float32, by TMA
+
+dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
+rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
+need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
+D into a ring of shared-memory stages.
+
+dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of
+its own (dq_sm90.py).
+
+Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer._drain`. A column
+without steps stores zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu import backward_config as configs
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
+from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
+from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
+from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
+from flexjax.backends.mosaic_gpu.backward_pipelined_sm90 import PipelinedConsumer
+from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
+from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
+from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
+from flexjax.backends.mosaic_gpu.schedule import Schedule
+from flexjax.backends.mosaic_gpu.softmax import LOG2_E
+from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    result: Result,
+    d_out: Any,
+    d_lse: Any,
+    config: BackwardConfig,
+) -> Gradients:
+    """Runs the kernel, and the one for dQ where the configuration wants it apart."""
+    schedule = ColumnSchedule(problem, config)
+    kernel = Kernel(schedule)
+    q_axis = 1 if problem.layout == BLHD else 2
+    lse, delta = _statistics(problem, result, d_out, d_lse, schedule.padded_queries)
+    # The interpreter wants whole tiles; on the GPU TMA fills up what is missing.
+    q_rows, kv_rows = (
+        (schedule.padded_queries, schedule.padded_keys) if config.interpret else (8, 8)
+    )
+    query, d_out = (_addressable(x, q_axis, q_rows) for x in (operands.query, d_out))
+    key, value = (_addressable(x, q_axis, kv_rows) for x in (operands.key, operands.value))
+    mask_captures = tuple(map(_capture, operands.mask_captures))
+    score_captures = ()
+    if problem.score is not None:
+        score_captures = tuple(map(_capture, operands.score_captures))
+    lists = operands.lists
+    inputs = Inputs(
+        query,
+        key,
+        value,
+        d_out,
+        lse,
+        delta,
+        ()
+        if lists is None
+        else (lists.q_num_blocks, lists.q_indices, lists.full_q_num_blocks, lists.full_q_indices),
+        score_captures,
+        mask_captures,
+        tuple(map(jax.new_ref, _zero_dq(kernel))),
+        tuple(jax.new_ref(_zero_sum(kernel, load)) for load in kernel.loads if load.kind != KEYS),
+    )
+    key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
+    outputs = Outputs(
+        jax.ShapeDtypeStruct(key.shape, problem.k_dtype),
+        jax.ShapeDtypeStruct(value.shape, problem.v_dtype),
+        tuple(key_sums for load in kernel.loads if load.kind == KEYS),
+    )
+    outputs = _launch(kernel, inputs, outputs)
+    loads, query_sums = kernel.loads, []
+    if config.deterministic:
+        dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
+    else:
+        dq = inputs.dq[0][...]
+        if config.interpret:
+            dq = dq.sum(0)
+        dq = (dq * problem.scale).astype(problem.q_dtype)
+    dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
+    dk, dv = (
+        lax.slice_in_dim(x, 0, problem.kv_len, axis=q_axis)[..., :dim]
+        for x, dim in ((outputs.dk, problem.qk_dim), (outputs.dv, problem.v_dim))
+    )
+    added = [ref[...] for ref in inputs.sums]
+    kept = list(outputs.key_sums)
+    sums = [(kept if load.kind == KEYS else added).pop(0) for load in kernel.loads]
+    dense = config.interpret and not config.deterministic
+    captures = capture_gradients.finish(
+        problem, operands, loads, [*sums, *query_sums], dense, config.deterministic
+    )
+    return Gradients(dq, dk, dv, captures)
+
+
+def _separate_dq(
+    kernel: Kernel, operands: Operands, inputs: Inputs
+) -> tuple[Any, tuple[capture_gradients.Load, ...], list[Any]]:
+    """(dQ, all loads, the sums of those that this kernel sums) by the kernel for dQ."""
+    problem, lists, config = kernel.problem, operands.lists, kernel.config.dq
+    assert config is not None, "the deterministic variant has a configuration for dQ"
+    apart = dq_sm90.Kernel(Schedule(problem, config))
+    axis = 1 if problem.layout == BLHD else 2
+    interpret, queries = config.interpret, apart.padded_queries
+
+    def fitted(x: Any, axis: int, length: int, fill: float = 0.0) -> Any:
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, max(length - x.shape[axis], 0))
+        return jnp.pad(x, padding, constant_values=fill)
+
+    keys = apart.schedule.kv_tiles * config.kv_tile
+    outputs = dq_sm90.launch(
+        apart,
+        dq_sm90.Inputs(
+            fitted(inputs.query, axis, queries if interpret else 0),
+            fitted(inputs.key, axis, keys if interpret else 0),
+            fitted(inputs.value, axis, keys if interpret else 0),
+            fitted(inputs.d_out, axis, queries if interpret else 0),
+            fitted(inputs.lse, 2, queries, jnp.inf),
+            fitted(inputs.delta, 2, queries),
+            ()
+            if lists is None
+            else (
+                lists.kv_num_blocks,
+                lists.kv_indices,
+                lists.full_kv_num_blocks,
+                lists.full_kv_indices,
+            ),
+            inputs.score_captures,
+            inputs.mask_captures,
+        ),
+    )
+    return outputs.dq, (*kernel.loads, *apart.loads), list(outputs.query_sums)
+
+
+def _launch(kernel: Kernel, inputs: Inputs, outputs: Outputs) -> Outputs:
+    leaves, tree = jax.tree.flatten(inputs)
+    out_leaves, out_tree = jax.tree.flatten(outputs)
+    config = kernel.config
+
+    def flexjax_backward(*refs: Any) -> None:
+        n_in, n_out = len(leaves), len(out_leaves)
+        _run(
+            kernel,
+            jax.tree.unflatten(tree, refs[:n_in]),
+            jax.tree.unflatten(out_tree, refs[n_in : n_in + n_out]),
+            Buffers(*refs[n_in + n_out :]),
+        )
+
+    call = plgpu.kernel(
+        flexjax_backward,
+        out_type=tuple(out_leaves),
+        scratch_types=kernel.buffers(),
+        grid=(kernel.schedule.columns,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=config.approx_math,
+            # The barriers are all written out.
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+        ),
+        interpret=plgpu.InterpretGPUParams() if config.interpret else None,
+    )
+    return jax.tree.unflatten(out_tree, call(*leaves))
+
+
+# -- operands ---------------------------------------------------------------------------------------
+
+
+def _statistics(
+    problem: Problem, result: Result, d_out: Any, d_lse: Any, length: int
+) -> tuple[Any, Any]:
+    """(logsumexp in units of log2, D) of every query, padded to `length`.
+
+    2^(s - inf) = 0: rows that are only padding, and rows without any key, contribute nothing.
+    """
+    out, d_out = (heads_first(x, problem.layout) for x in (result.out, d_out))
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
+    dead = result.lse == -jnp.inf
+    lse = jnp.where(dead, jnp.inf, result.lse * LOG2_E)
+    padding = ((0, 0), (0, 0), (0, length - problem.q_len))
+    return (
+        jnp.pad(lse, padding, constant_values=jnp.inf),
+        jnp.pad(jnp.where(dead, 0.0, delta), padding),
+    )
+
+
+def _addressable(x: Any, axis: int, multiple: int) -> Any:
+    """The array as TMA can read it: see forward_sm90.py."""
+    padding = [(0, 0)] * 4
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    padding[3] = (0, padded_dim(x.shape[3]) - x.shape[3])
+    return x if not any(high for _, high in padding) else jnp.pad(x, padding)
+
+
+def _capture(x: Any) -> Any:
+    """A captured array as kernels read it: bools as int8, and at least one axis."""
+    x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
+    return x.reshape(1) if x.ndim == 0 else x
+
+
+def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
+    problem, schedule = kernel.problem, kernel.schedule
+    if not kernel.parts:
+        return ()
+    shape = [problem.batch, problem.q_heads, schedule.padded_queries, padded_dim(problem.qk_dim)]
+    if problem.layout == BLHD:
+        shape[1], shape[2] = shape[2], shape[1]
+    if kernel.config.interpret:
+        shape.insert(0, schedule.kv_tiles)
+    return (jnp.zeros(shape, jnp.float32),)
+
+
+def _zero_sum(kernel: Kernel, load: capture_gradients.Load) -> Any:
+    problem, schedule = kernel.problem, kernel.schedule
+    heads = problem.batch * problem.q_heads
+    if kernel.config.interpret:
+        shape: Sequence[int] = (
+            problem.batch,
+            problem.q_heads,
+            schedule.padded_keys,
+            schedule.padded_queries,
+        )
+    elif load.kind == QUERIES:
+        shape = (heads * schedule.padded_queries,)
+    elif load.kind == ELEMENTS:
+        shape = (functools.reduce(lambda x, y: x * y, load.shape, 1),)
+    else:
+        shape = (heads * capture_gradients.diagonal_count(problem.q_len, problem.kv_len),)
+    return jnp.zeros(shape, jnp.float32)
+
+
+# -- the kernel -------------------------------------------------------------------------------------
+
+
+def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
+    """The kernel's body, as every warpgroup executes it."""
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    consumers = kernel.config.warpgroups
+    limits = configs.REGISTERS[consumers]
+
+    def consume(number: int) -> None:
+        if limits is not None:
+            plgpu.set_max_registers(limits[0], action="increase")
+        consumer = Consumer
+        if kernel.config.wide:
+            consumer = WideConsumer
+        elif kernel.config.pipelined:
+            consumer = PipelinedConsumer
+        consumer(kernel, inputs, outputs, buffers, number).run(cta)
+
+    for number in range(consumers):
+        pl.when(warpgroup == number)(functools.partial(consume, number))
+
+    @pl.when(warpgroup == consumers)
+    def _() -> None:
+        if limits is not None:
+            plgpu.set_max_registers(limits[1], action="decrease")
+        Producer(kernel, inputs, buffers).run(cta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Producer:
+    """The warpgroup that copies everything into shared memory."""
+
+    kernel: Kernel
+    inputs: Inputs
+    buffers: Buffers
+
+    def run(self, cta: Any) -> None:
+        kernel, buffers, schedule = self.kernel, self.buffers, self.kernel.schedule
+        column, idle = schedule.column(cta), kernel.config.idle_steps
+        for w in range(kernel.config.key_slots):
+            first = column.tile * kernel.config.kv_tile + w * WARPGROUP_ROWS
+            for source, target in (
+                (self.inputs.key, buffers.key),
+                (self.inputs.value, buffers.value),
+            ):
+                where = rows(kernel.problem, source, column.b, column.h, first, WARPGROUP_ROWS)
+                plgpu.copy_gmem_to_smem(where, target.at[w], buffers.key_value_full)
+
+        def row(number: Any, begin: Any) -> Any:
+            b, h = schedule.row(column, number)
+            steps = schedule.steps(self.inputs.lists, column, b, h)
+
+            def load(i: Any, _: Any) -> None:
+                last = jnp.maximum(steps.count - 1, 0)
+                where = jnp.minimum(i, last) if idle else i
+                first = pl.multiple_of(steps.first_query(where), kernel.config.q_tile)
+                self._load(begin + i, b, h, first)
+
+            lax.fori_loop(0, steps.count + idle, load, None)
+            return begin + steps.count + idle
+
+        if schedule.rows == 1:
+            end = row(jnp.int32(0), jnp.int32(0))
+        else:
+            end = lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+        self._drain(end)
+
+    def _load(self, step: Any, b: Any, h: Any, first: Any) -> None:
+        kernel, inputs, buffers = self.kernel, self.inputs, self.buffers
+        q_tile, stage = kernel.config.q_tile, kernel.stage(step)
+        for source, statistic, target, own, full, free in (
+            (inputs.query, inputs.lse, buffers.query, buffers.lse, buffers.query_full, buffers.query_free),
+            (inputs.d_out, inputs.delta, buffers.d_out, buffers.delta, buffers.d_out_full, buffers.d_out_free),
+        ):  # fmt: skip
+            free_stage = free.at[stage]
+            pl.when(step >= kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+            where = rows(kernel.problem, source, b, h, first, q_tile)
+            plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
+            plgpu.copy_gmem_to_smem(
+                statistic.at[b, h, pl.ds(first, q_tile)], own.at[stage], full.at[stage]
+            )
+
+    def _drain(self, end: Any) -> None:
+        def wait(step: Any, _: Any) -> None:
+            stage = self.kernel.stage(step)
+            plgpu.barrier_wait(self.buffers.query_free.at[stage])
+            plgpu.barrier_wait(self.buffers.d_out_free.at[stage])
+
+        lax.fori_loop(jnp.maximum(end - self.kernel.config.stages, 0), end, wait, None)
