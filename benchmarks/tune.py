@@ -13,17 +13,25 @@ from typing import Any
 
 from benchmarks import peers, session, table
 from benchmarks import settings as command_line
+from benchmarks.backward import Backward
 from benchmarks.forward import Forward
 from benchmarks.peers.flexjax_peer import Flexjax
 from benchmarks.settings import Settings
 
-# Values that are tried of every option of the kernel.
-OPTIONS = {
+# Values that are tried of every option of the forward kernel, and of the backward one.
+FORWARD = {
     "warpgroups": (1, 2, 3),
     "kv_tile": (64, 128),
     "stages": (2, 3, 4),
     "persistent": (True, False),
 }
+BACKWARD = {
+    "backward_order": ("dk_first", "dq_first", "pipelined"),
+    "backward_stagger": (False, True),
+    "backward_q_tile": (64, 128),
+    "backward_stages": (1, 2, 3),
+}
+OPTIONS = FORWARD | BACKWARD
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
         type=lambda text: [part.strip() for part in text.split(",")],
-        default=list(OPTIONS),
-        help=f"options whose values are combined, of {', '.join(OPTIONS)}; all",
+        help=f"options whose values are combined, of {', '.join(OPTIONS)}; all of the pass that is tuned",
     )
+    parser.add_argument("--backward", action="store_true", help="tune the backward pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,13 @@ class Tuned:
         pass
 
 
-class Tune(Forward):
+class TuneForward(Forward):
+    """See `benchmarks.session.Suite`."""
+
+    name = "tune"
+
+
+class TuneBackward(Backward):
     """See `benchmarks.session.Suite`."""
 
     name = "tune"
@@ -77,7 +91,9 @@ def candidates(names: list[str]) -> list[peers.Peer]:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite and prints each case's configurations, the fastest first; 1 if nothing ran."""
     settings: Settings = command_line.from_arguments(arguments)
-    rows = session.run(Tune(), settings, able=candidates(arguments.options))
+    suite = TuneBackward() if arguments.backward else TuneForward()
+    names = arguments.options or list(BACKWARD if arguments.backward else FORWARD)
+    rows = session.run(suite, settings, able=candidates(names))
     for case in table.by_case(rows):
         timed = sorted((row for row in case if "ms" in row), key=lambda row: row["ms"])
         print(f"{table.shape_name(case[0])} {case[0]['variant']}")

@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from flexjax import _compat
 from flexjax.backends.reference import dense_attention
 from flexjax.problem import BHLD, heads_first
 
@@ -88,7 +89,7 @@ def oracle(
         exact: True for the truth, in float64. False for the yardstick of `assert_close`: what the same dense
             computation makes of these inputs in their own dtypes.
     """
-    with jax.enable_x64(exact):
+    with jax.enable_x64(exact), jax.default_device(_host()):
         query, key, value, scale, sinks = _as_arrays((query, key, value, scale, sinks), exact)
         return _dense(query, key, value, scale, sinks, score_mod, mask_mod, layout)
 
@@ -134,7 +135,7 @@ def oracle_grads(
         result = _dense(query, key, value, scale, sinks, mod, mask_mod, layout)
         return result.out, result.lse
 
-    with jax.enable_x64(exact):
+    with jax.enable_x64(exact), jax.default_device(_host()):
         operands = _as_arrays((query, key, value, captures, scale, sinks), exact)
         (out, lse), pullback = jax.vjp(attend, *operands)
         d_lse = jnp.zeros_like(lse) if d_lse is None else d_lse
@@ -256,11 +257,17 @@ def _over(mod: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]
     return apply
 
 
+def _host() -> jax.Device:
+    """Where the oracle computes: beside a GPU that is under test, and fast at compiling small programs."""
+    return jax.local_devices(backend="cpu")[0]
+
+
 def _as_arrays(tree: Any, doubles: bool) -> Any:
-    """The tree with arrays for leaves, in float64 if `doubles` and they are floating-point."""
+    """The tree with arrays on the host for leaves, in float64 if `doubles` and they are floating-point."""
 
     def convert(x: Any) -> Any:
         x = jnp.asarray(x)
+        x = x if _compat.is_tracer(x) else jax.device_put(x, _host())
         return x.astype(jnp.float64) if doubles and jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(convert, tree)

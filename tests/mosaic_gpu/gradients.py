@@ -63,7 +63,8 @@ class GradientCase(Case):
         problem, operands = plain.problem(**options)
         mods = {"score_mod": plain.score, "mask_mod": self.mask, "scale": self.scale}
         exact = oracle(*self.operands, **mods, layout=self.layout)
-        result = Result(jnp.asarray(exact.out, self.dtype), jnp.asarray(exact.lse, jnp.float32))
+        out, lse = map(np.asarray, (exact.out, exact.lse))  # off the oracle's device
+        result = Result(jnp.asarray(out, self.dtype), jnp.asarray(lse, jnp.float32))
         return problem, operands, result, self.d_out, self.d_lse
 
     def exact(self, exact: bool = True) -> Any:
