@@ -7,7 +7,7 @@ import itertools
 from typing import NamedTuple
 
 from flexjax.backends.mosaic_gpu import config as forward_config
-from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS, padded_dim
+from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS
 from flexjax.problem import Problem
 
 Q_TILES = (128, 64)
@@ -94,6 +94,12 @@ OPTIONS = {
 }
 
 
+def padded_dim(dim: int) -> int:
+    """Head dimension as the kernels see it: of wide heads, warpgroups share dQ by columns of 32 numbers."""
+    unit = 16 if dim <= 64 else 32
+    return -(-dim // unit) * unit
+
+
 def key_swizzle(config: BackwardConfig, dim: int) -> int:
     """Bytes of a swizzled row of the shared memory of keys, queries and dS.
 
@@ -164,7 +170,7 @@ def choose(problem: Problem) -> BackwardConfig:
         warpgroups=warpgroups,
         q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
         stages=2,
-        order=problem.option("backward_order", ORDERS[0]),
+        order=problem.option("backward_order", ORDERS[0] if narrow or wide else "dq_first"),
         stagger=problem.option("backward_stagger", False),
         deterministic=deterministic,
         approx_math=problem.option("approx_math", True),

@@ -49,7 +49,7 @@ from flexjax.backends.mosaic_gpu.backward_pipelined_sm90 import PipelinedConsume
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
-from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -222,7 +222,7 @@ def _addressable(x: Any, axis: int, multiple: int) -> Any:
     """The array as TMA can read it: see forward_sm90.py."""
     padding = [(0, 0)] * 4
     padding[axis] = (0, -x.shape[axis] % multiple)
-    padding[3] = (0, padded_dim(x.shape[3]) - x.shape[3])
+    padding[3] = (0, configs.padded_dim(x.shape[3]) - x.shape[3])
     return x if not any(high for _, high in padding) else jnp.pad(x, padding)
 
 
@@ -236,7 +236,12 @@ def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
     problem, schedule = kernel.problem, kernel.schedule
     if not kernel.parts:
         return ()
-    shape = [problem.batch, problem.q_heads, schedule.padded_queries, padded_dim(problem.qk_dim)]
+    shape = [
+        problem.batch,
+        problem.q_heads,
+        schedule.padded_queries,
+        configs.padded_dim(problem.qk_dim),
+    ]
     if problem.layout == BLHD:
         shape[1], shape[2] = shape[2], shape[1]
     if kernel.config.interpret:

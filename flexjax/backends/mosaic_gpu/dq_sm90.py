@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import capture_gradients, registers
-from flexjax.backends.mosaic_gpu import config as configs
+from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import barriers, rows, tiles
 from flexjax.backends.mosaic_gpu.capture_gradients import QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
