@@ -22,8 +22,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import capture_gradients, registers
 from flexjax.backends.mosaic_gpu import backward_config as configs
+from flexjax.backends.mosaic_gpu import capture_gradients, registers
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import barriers, rows, tiles
 from flexjax.backends.mosaic_gpu.capture_gradients import QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
