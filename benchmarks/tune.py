@@ -26,7 +26,7 @@ FORWARD = {
     "persistent": (True, False),
 }
 BACKWARD = {
-    "backward_order": ("dk_first", "dq_first", "pipelined"),
+    "backward_order": ("dk_first", "dq_first"),
     "backward_stagger": (False, True),
     "backward_q_tile": (64, 128),
     "backward_stages": (1, 2, 3),

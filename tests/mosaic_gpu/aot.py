@@ -106,20 +106,9 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "soft_cap_d256": ("soft_cap", {"dim": 256}),
         "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
         "deterministic_causal_d256": ("causal", {"dim": 256, "kernel_options": {"deterministic": True}}),
-        "soft_cap_d64_q64": ("soft_cap", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
-        "noop_d64_q64": ("noop", {"dim": 64, "kernel_options": {"backward_q_tile": 64}}),
         "deterministic_causal_d128": ("causal", {"dim": 128, "kernel_options": {"deterministic": True}}),
         "deterministic_vectors_d64": ("vectors", {"dim": 64, "kernel_options": {"deterministic": True}}),
-        "noop_d128_dq_first": ("noop", {"dim": 128, "kernel_options": {"backward_order": "dq_first"}}),
-        "noop_d64_dq_first": ("noop", {"dim": 64, "kernel_options": {"backward_order": "dq_first"}}),
-        **{
-            f"{variant}_d{dim}_pipelined": (
-                variant, {"dim": dim, "kernel_options": {"backward_order": "pipelined"}}
-            )
-            for variant in ("noop", "causal", "soft_cap", "alibi")
-            for dim in (128, 64)
-        },
-        "noop_d128_stagger": ("noop", {"dim": 128, "kernel_options": {"backward_stagger": True}}),
+        "causal_d128_dk_first": ("causal", {"dim": 128, "kernel_options": {"backward_order": "dk_first"}}),
     }.items()
 }  # fmt: skip
 

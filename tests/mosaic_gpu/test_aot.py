@@ -36,13 +36,6 @@ SPILL_BUDGETS = {
     "causal_d256": 2000,
     "soft_cap_d256": 2000,
     "deterministic_causal_d256": 2000,
-    "noop_d128_dq_first": 16,
-    "noop_d64_pipelined": 144,
-    "causal_d128_pipelined": 208,
-    "causal_d64_pipelined": 272,
-    "soft_cap_d128_pipelined": 1100,
-    "soft_cap_d64_pipelined": 330,
-    "alibi_d128_pipelined": 1600,
 }
 
 

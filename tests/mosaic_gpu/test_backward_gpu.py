@@ -220,12 +220,8 @@ OPTIONS = [
     GradientCase(f"options_{i}_{'_'.join(f'{k}_{v}' for k, v in o.items())}_d{d}", mask=m, q_len=700, heads=2,
                  options=o, dim=d)
     for i, (d, m, o) in enumerate((
-        (128, causal, {"backward_order": "dq_first"}),
+        (128, causal, {"backward_order": "dk_first"}),
         (64, None, {"backward_order": "dq_first"}),
-        (128, causal, {"backward_order": "pipelined"}),
-        (128, None, {"backward_order": "pipelined"}),
-        (64, some_empty_rows, {"backward_order": "pipelined"}),
-        (80, causal, {"backward_order": "pipelined"}),
         (128, None, {"backward_stagger": True}),
         (64, causal, {"backward_stagger": True}),
         (64, causal, {"backward_q_tile": 64}),

@@ -87,8 +87,6 @@ CASES = [
     GradientCase("dense_bias", q_len=64, kv_len=70, score=dense_bias, captures=random((64, 70)), dim=16),
     GradientCase("wide_heads", q_len=70, kv_len=130, mask=causal, dim=144, v_dim=160, score=gates_and_vectors,
                  captures=random((1,), (1, 1, 70), (70,))),
-    GradientCase("pipelined_gqa", q_len=130, heads=2, kv_heads=1, mask=some_empty_rows, dim=32,
-                 options={"backward_order": "pipelined", "backward_q_tile": 64}),
     GradientCase("deterministic", q_len=70, kv_len=130, heads=2, kv_heads=1, score=gates_and_vectors, dim=32,
                  captures=random((2,), (1, 2, 70), (70,)), mask=causal, options=DETERMINISTIC),
     GradientCase("deterministic_blhd", q_len=70, mask=masks.sliding_window(60), block=(256, 512), dim=40,

@@ -11,7 +11,7 @@ from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS
 from flexjax.problem import Problem
 
 Q_TILES = (128, 64)
-ORDERS = ("dk_first", "dq_first", "pipelined")
+ORDERS = ("dk_first", "dq_first")
 
 # Registers a thread of the consumers and of the producer, by the number of consumer warpgroups.
 REGISTERS = {1: None, 2: (240, 24)}
@@ -42,8 +42,7 @@ class BackwardConfig:
         warpgroups: consumer warpgroups, of 64 keys each; of the same 64 keys if `wide`.
         q_tile: queries of one step.
         stages: tiles of queries, and of the output's cotangents, in flight.
-        order: "dk_first" or "dq_first": which product is issued first once dS is known; "pipelined" also issues
-            the scores of the next step before this one ends (see backward_pipelined_sm90.py).
+        order: "dk_first" or "dq_first": which product is issued first once dS is known.
         stagger: CTAs start at different queries, so that not all add to the same rows of dQ at a time.
         deterministic: dQ comes from a kernel of its own (see dq_sm90.py) and nothing is added in an order that
             changes from run to run.
@@ -63,15 +62,6 @@ class BackwardConfig:
     interpret: bool = False
     wide: bool = False
     dq: forward_config.Config | None = None
-
-    @property
-    def pipelined(self) -> bool:
-        return self.order == "pipelined" and not self.deterministic
-
-    @property
-    def idle_steps(self) -> int:
-        """Steps that are loaded beyond those of a row, and not used."""
-        return int(self.pipelined)
 
     @property
     def key_slots(self) -> int:
@@ -227,8 +217,6 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             f"{ORDERS[0]!r}, but kernel options ask for {config.warpgroups}, {config.q_tile} and "
             f"{config.order!r}."
         )
-    if config.pipelined and config.stages < 2:
-        raise NotImplementedError("backward_order='pipelined' needs at least 2 stages.")
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(
             f"the backward kernel's tiles have {' or '.join(map(str, Q_TILES))} queries, but "

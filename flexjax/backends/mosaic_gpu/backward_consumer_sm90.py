@@ -26,16 +26,7 @@ class Accumulators(NamedTuple):
     dv: Any
 
 
-class Carry(NamedTuple):
-    """What a consumer carries from step to step.
-
-    Attributes:
-        sums: by key, one for every load of kind KEYS.
-        ahead: what was computed ahead for the next step; see backward_pipelined_sm90.py.
-    """
-
-    sums: tuple[Any, ...]
-    ahead: Any
+Sums = tuple[Any, ...]  # by key, one for every load of kind KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +85,7 @@ class Consumer:
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def step(masked: bool) -> Any:
-                def run(i: Any, carry: Carry) -> Carry:
+                def run(i: Any, sums: Sums) -> Sums:
                     first_query = pl.multiple_of(steps.first_query(i), self.kernel.config.q_tile)
                     place = Place(
                         b,
@@ -102,33 +93,24 @@ class Consumer:
                         schedule.inside(first_query),
                         column.tile * self.kernel.config.kv_tile + self._first_key,
                     )
-                    return self._step(begin + i, first_query, place, accumulators, carry, masked)
+                    return self._step(begin + i, first_query, place, accumulators, sums, masked)
 
                 return run
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-            carry = Carry(tuple(zeros for _ in self._key_sums), self._start_row(begin))
+            sums = tuple(zeros for _ in self._key_sums)
             if schedule.has_masked_steps:
-                carry = lax.fori_loop(0, steps.masked, step(True), carry)
-                carry = lax.fori_loop(steps.masked, steps.count, step(False), carry)
+                sums = lax.fori_loop(0, steps.masked, step(True), sums)
+                sums = lax.fori_loop(steps.masked, steps.count, step(False), sums)
             else:
-                carry = lax.fori_loop(0, steps.count, step(False), carry)
-            self._end_row(begin + steps.count)
-            self._store_key_sums(carry.sums, column, b, h)
-            return begin + steps.count + self.kernel.config.idle_steps
+                sums = lax.fori_loop(0, steps.count, step(False), sums)
+            self._store_key_sums(sums, column, b, h)
+            return begin + steps.count
 
         if schedule.rows == 1:
             row(jnp.int32(0), jnp.int32(0))
         else:
             lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
-
-    def _start_row(self, begin: Any) -> Any:
-        """What is computed ahead of the first step, number `begin`, of a batch row and query head."""
-        del begin
-        return ()
-
-    def _end_row(self, end: Any) -> None:
-        """Takes the idle steps from number `end`."""
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -138,9 +120,9 @@ class Consumer:
         first_query: Any,
         place: Place,
         accumulators: Accumulators,
-        carry: Carry,
+        sums: Sums,
         masked: bool,
-    ) -> Carry:
+    ) -> Sums:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
@@ -158,12 +140,12 @@ class Consumer:
         operand = own_ds if config.interpret else ds
         if dk_first:
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
-        carry = carry._replace(sums=self._sum_loads(carry.sums, cotangents, first_query, place))
+        sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if dk_first:
             self._finish_step(stage, ds_stage, place, first_query)
-            return carry
+            return sums
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
 
@@ -178,16 +160,10 @@ class Consumer:
         self._add_to_dq(dq, part, place, first_query)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(buffers.query_free.at[stage])
-        return carry
+        return sums
 
     def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
-        dq = self._finish_products(stage, ds_stage)
-        if self._part is not None:
-            self._add_to_dq(dq, self._part, place, first_query)
-
-    def _finish_products(self, stage: Any, ds_stage: Any) -> Any:
-        """Awaits all products and hands the step's tiles back; returns the share of dQ, None without one."""
         buffers, part = self.buffers, self._part
 
         def hand_back() -> None:
@@ -197,14 +173,15 @@ class Consumer:
         if part is None:
             plgpu.wgmma_wait(0)
             hand_back()
-            return None
+            return
 
         def product(dq: Any) -> Any:
             plgpu.wgmma_wait(self._issue_dq(dq, part, ds_stage))
             hand_back()
             return dq[...]
 
-        return pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+        dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+        self._add_to_dq(dq, part, place, first_query)
 
     def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
         """Issues a warpgroup's share of dS K; returns the number of products."""

@@ -45,7 +45,6 @@ from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
-from flexjax.backends.mosaic_gpu.backward_pipelined_sm90 import PipelinedConsumer
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
@@ -280,11 +279,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     def consume(number: int) -> None:
         if limits is not None:
             plgpu.set_max_registers(limits[0], action="increase")
-        consumer = Consumer
-        if kernel.config.wide:
-            consumer = WideConsumer
-        elif kernel.config.pipelined:
-            consumer = PipelinedConsumer
+        consumer = WideConsumer if kernel.config.wide else Consumer
         consumer(kernel, inputs, outputs, buffers, number).run(cta)
 
     for number in range(consumers):
@@ -307,7 +302,7 @@ class Producer:
 
     def run(self, cta: Any) -> None:
         kernel, buffers, schedule = self.kernel, self.buffers, self.kernel.schedule
-        column, idle = schedule.column(cta), kernel.config.idle_steps
+        column = schedule.column(cta)
         for w in range(kernel.config.key_slots):
             first = column.tile * kernel.config.kv_tile + w * WARPGROUP_ROWS
             for source, target in (
@@ -322,13 +317,11 @@ class Producer:
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def load(i: Any, _: Any) -> None:
-                last = jnp.maximum(steps.count - 1, 0)
-                where = jnp.minimum(i, last) if idle else i
-                first = pl.multiple_of(steps.first_query(where), kernel.config.q_tile)
+                first = pl.multiple_of(steps.first_query(i), kernel.config.q_tile)
                 self._load(begin + i, b, h, first)
 
-            lax.fori_loop(0, steps.count + idle, load, None)
-            return begin + steps.count + idle
+            lax.fori_loop(0, steps.count, load, None)
+            return begin + steps.count
 
         if schedule.rows == 1:
             end = row(jnp.int32(0), jnp.int32(0))

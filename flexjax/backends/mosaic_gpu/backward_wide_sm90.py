@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Carry, Consumer
+from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, Sums
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.tile_gradients import Place
 
@@ -69,9 +69,9 @@ class WideConsumer(Consumer):
         first_query: Any,
         place: Place,
         accumulators: Any,
-        carry: Carry,
+        sums: Sums,
         masked: bool,
-    ) -> Carry:
+    ) -> Sums:
         kernel, buffers = self.kernel, self.buffers
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
@@ -93,11 +93,11 @@ class WideConsumer(Consumer):
                 plgpu.barrier_arrive(buffers.ds_full)
             operand = own_ds if kernel.config.interpret else operand
             plgpu.wgmma(accumulators, operand, buffers.query.at[stage])
-            carry = carry._replace(sums=self._sum_loads(carry.sums, cotangents, first_query, place))
+            sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         self._finish_step(stage, ds_stage, place, first_query)
-        return carry
+        return sums
 
     def _probabilities(self, stage: Any, place: Place, masked: bool) -> Any:
         """Probabilities of a step, as operand."""
