@@ -251,7 +251,7 @@ def problems(draw, arrays=True):
     return shape, block_size, draw(tree)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems())
 def test_random_masks(problem):
     shape, block_size, tree = problem
@@ -266,7 +266,7 @@ def test_random_masks(problem):
         )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(problems(arrays=False))
 def test_random_masks_on_the_host(problem):
     """NumPy finds the states of a mask without captures."""

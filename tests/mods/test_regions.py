@@ -196,7 +196,7 @@ def built(geometry, expression):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(truths, st.sampled_from(GEOMETRIES))
 @example(("eq", ("load", "ids", ("input", "q")), ("load", "ids", ("input", "kv"))), GEOMETRIES[0])
 @example(("le", ("load", "bias", ("input", "q")), ("load", "bias", ("input", "kv"))), GEOMETRIES[0])
@@ -207,7 +207,7 @@ def test_no_value_is_outside_its_bounds(expression, geometry):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(truths, st.sampled_from(GEOMETRIES[:1]))
 def test_bounds_by_jax_are_sound(expression, geometry):
     graph, captures = built(geometry, expression)
