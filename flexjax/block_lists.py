@@ -24,8 +24,8 @@ from flexjax import _compat
 # States of a block. OPEN: not settled yet.
 EMPTY, PARTIAL, FULL, OPEN = np.int8(0), np.int8(1), np.int8(2), np.int8(3)
 
-# Lists are made for groups of rows of at most this many blocks; a CPU writes a group's intermediate results down.
-_GROUP, _CPU_GROUP = 1 << 20, 1 << 18
+# Lists are made for groups of rows of at most this many blocks, whose intermediate results take a few megabytes.
+_GROUP = 1 << 18
 
 
 def cdiv(a: int, b: int) -> int:
@@ -116,15 +116,14 @@ def _counts(states: Any) -> list[Any]:
 _most_blocks = jax.jit(_counts)
 
 
-def _group(rows: int, cols: int, blocks: int) -> int:
-    return min(rows, max(1, blocks // cols))
+def _group(rows: int, cols: int) -> int:
+    return min(rows, max(1, _GROUP // cols))
 
 
 @partial(jax.jit, static_argnums=1)
 def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
     rows, cols = states.shape
-    blocks = _CPU_GROUP if jax.default_backend() == "cpu" else _GROUP
-    group = _group(rows, cols, blocks)
+    group = _group(rows, cols)
 
     def step(i: Any, lists: Any) -> Any:
         # The last group begins earlier and lists some rows again, rather than being padded.
@@ -193,7 +192,7 @@ def _lists_on_host(states: np.ndarray, widths: tuple[int, int]) -> tuple[Any, ..
     for state, width in zip((PARTIAL, FULL), widths, strict=True):
         counts = np.empty(rows, np.int32)
         indices = np.full((rows, width), cols - 1, np.int32)
-        group = _group(rows, cols, _CPU_GROUP)
+        group = _group(rows, cols)
         for start in range(0, rows, group):
             part = slice(start, start + group)
             row, col = np.nonzero(states[part] == state)
