@@ -191,8 +191,9 @@ def _run_backward(call: Call, *args: Any) -> tuple[Any, ...]:
 
 
 def _by_platform(switch: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    choice = switch.call.choice
-    if choice.cuda == choice.portable and not needs_cuda(choice.cuda):
+    choice, problem = switch.call.choice, switch.call.problem
+    anywhere = not needs_cuda(choice.cuda) or problem.option("interpret", False)
+    if choice.cuda == choice.portable and anywhere:
         return switch.on("other")(*args)
     return _compat.by_platform(switch, args)
 
