@@ -126,10 +126,8 @@ def test_a_missing_kernel_language_is_a_reason_and_not_an_error(monkeypatch):
 def test_a_fallback_on_a_gpu_is_told_once(monkeypatch):
     registry.warn_about_fallback.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.warns(
-        FallbackWarning, match="is missing. The xla backend computes it instead"
-    ) as seen:
-        registry.warn_about_fallback("Something is missing.")
-        registry.warn_about_fallback("Something is missing.")
-    assert len(seen) == 1
+    reason = "Something is missing."
+    with pytest.warns(FallbackWarning, match=r"missing\. The xla backend computes it instead"):
+        registry.warn_about_fallback(reason)
+    registry.warn_about_fallback(reason)  # a second warning would be an error
     registry.warn_about_fallback.cache_clear()
