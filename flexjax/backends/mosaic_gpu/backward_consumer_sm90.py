@@ -12,9 +12,10 @@ from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import capture_gradients, reductions, registers
-from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
+from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import Column
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import ROW
 from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -16,8 +15,9 @@ from flexjax.backends.mosaic_gpu import capture_gradients
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, tiles
 from flexjax.backends.mosaic_gpu.tile_gradients import TileGradients
-from flexjax.problem import BLHD, Problem
+from flexjax.problem import Problem
 
 
 class Inputs(NamedTuple):
@@ -84,24 +84,6 @@ class Buffers(NamedTuple):
     d_out_full: Any
     d_out_free: Any
     ds_full: Any
-
-
-def tiles(dtype: Any, *shape: int, swizzle: int | None = None) -> Any:
-    """Shared memory for tiles that TMA and the matrix products understand."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-    swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
-def barriers(count: int, arrivals: int = 1) -> Any:
-    return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-
-
-def rows(problem: Problem, ref: Any, b: Any, h: Any, first: Any, count: int, *columns: Any) -> Any:
-    """Rows of one head of a tensor in the problem's layout, all columns of them or some."""
-    span = pl.ds(first, count)
-    return ref.at[b, span, h, *columns] if problem.layout == BLHD else ref.at[b, h, span, *columns]
 
 
 @dataclasses.dataclass(frozen=True)

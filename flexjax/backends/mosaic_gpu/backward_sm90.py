@@ -44,11 +44,12 @@ from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
-from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs, rows
+from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch, rows
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -71,12 +72,19 @@ def backward(
     q_rows, kv_rows = (
         (schedule.padded_queries, schedule.padded_keys) if config.interpret else (8, 8)
     )
-    query, d_out = (_addressable(x, q_axis, q_rows) for x in (operands.query, d_out))
-    key, value = (_addressable(x, q_axis, kv_rows) for x in (operands.key, operands.value))
-    mask_captures = tuple(map(_capture, operands.mask_captures))
+    query, d_out, key, value = (
+        addressable(x, q_axis, multiple, configs.padded_dim(x.shape[3]))
+        for x, multiple in (
+            (operands.query, q_rows),
+            (d_out, q_rows),
+            (operands.key, kv_rows),
+            (operands.value, kv_rows),
+        )
+    )
+    mask_captures = tuple(map(capture, operands.mask_captures))
     score_captures = ()
     if problem.score is not None:
-        score_captures = tuple(map(_capture, operands.score_captures))
+        score_captures = tuple(map(capture, operands.score_captures))
     lists = operands.lists
     inputs = Inputs(
         query,
@@ -99,7 +107,17 @@ def backward(
         jax.ShapeDtypeStruct(value.shape, problem.v_dtype),
         tuple(key_sums for load in kernel.loads if load.kind == KEYS),
     )
-    outputs = _launch(kernel, inputs, outputs)
+    outputs = launch(
+        "flexjax_backward",
+        functools.partial(_run, kernel),
+        inputs,
+        outputs,
+        kernel.buffers(),
+        ctas=schedule.columns,
+        warpgroups=config.warpgroups + 1,
+        approx_math=config.approx_math,
+        interpret=config.interpret,
+    )
     loads, query_sums = kernel.loads, []
     if config.deterministic:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
@@ -163,39 +181,6 @@ def _separate_dq(
     return outputs.dq, (*kernel.loads, *apart.loads), list(outputs.query_sums)
 
 
-def _launch(kernel: Kernel, inputs: Inputs, outputs: Outputs) -> Outputs:
-    leaves, tree = jax.tree.flatten(inputs)
-    out_leaves, out_tree = jax.tree.flatten(outputs)
-    config = kernel.config
-
-    def flexjax_backward(*refs: Any) -> None:
-        n_in, n_out = len(leaves), len(out_leaves)
-        _run(
-            kernel,
-            jax.tree.unflatten(tree, refs[:n_in]),
-            jax.tree.unflatten(out_tree, refs[n_in : n_in + n_out]),
-            Buffers(*refs[n_in + n_out :]),
-        )
-
-    call = plgpu.kernel(
-        flexjax_backward,
-        out_type=tuple(out_leaves),
-        scratch_types=kernel.buffers(),
-        grid=(kernel.schedule.columns,),
-        grid_names=("cta",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=config.approx_math,
-            # The barriers are all written out.
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
-        interpret=plgpu.InterpretGPUParams() if config.interpret else None,
-    )
-    return jax.tree.unflatten(out_tree, call(*leaves))
-
-
 # -- operands ---------------------------------------------------------------------------------------
 
 
@@ -215,20 +200,6 @@ def _statistics(
         jnp.pad(lse, padding, constant_values=jnp.inf),
         jnp.pad(jnp.where(dead, 0.0, delta), padding),
     )
-
-
-def _addressable(x: Any, axis: int, multiple: int) -> Any:
-    """The array as TMA can read it: see forward_sm90.py."""
-    padding = [(0, 0)] * 4
-    padding[axis] = (0, -x.shape[axis] % multiple)
-    padding[3] = (0, configs.padded_dim(x.shape[3]) - x.shape[3])
-    return x if not any(high for _, high in padding) else jnp.pad(x, padding)
-
-
-def _capture(x: Any) -> Any:
-    """A captured array as kernels read it: bools as int8, and at least one axis."""
-    x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
-    return x.reshape(1) if x.ndim == 0 else x
 
 
 def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:

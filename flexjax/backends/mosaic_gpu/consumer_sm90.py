@@ -13,6 +13,7 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import emit, registers
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
+from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
@@ -259,12 +260,14 @@ class Consumer:
             buffer = self._query
         buffer[...] = out.astype(kernel.problem.q_dtype)
         plgpu.commit_smem()
-        rows = kernel.rows(self.outputs.out, position.b, position.h, first, WARPGROUP_ROWS)
-        plgpu.copy_smem_to_gmem(buffer, rows)
-        where = (position.b, position.h, pl.ds(first, WARPGROUP_ROWS))
-        self.outputs.lse[where] = lse
+        where = rows(
+            kernel.problem, self.outputs.out, position.b, position.h, first, WARPGROUP_ROWS
+        )
+        plgpu.copy_smem_to_gmem(buffer, where)
+        stats = (position.b, position.h, pl.ds(first, WARPGROUP_ROWS))
+        self.outputs.lse[stats] = lse
         for ref in self.outputs.max_scores:
-            ref[where] = maxima
+            ref[stats] = maxima
 
 
 def _on_tile(mod: Graph, captures: tuple[Any, ...], tile: emit.TileInputs) -> Any:

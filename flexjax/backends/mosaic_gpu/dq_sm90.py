@@ -14,6 +14,7 @@ elements that depend on the query alone are summed here as well.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients, registers
-from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import barriers, rows, tiles
+from flexjax.backends.mosaic_gpu import capture_gradients, launch_sm90, registers
 from flexjax.backends.mosaic_gpu.capture_gradients import QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, rows, tiles
 from flexjax.backends.mosaic_gpu.registers import ROW
 from flexjax.backends.mosaic_gpu.schedule import Schedule, Steps, TilePosition
 from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place, TileGradients
@@ -145,35 +146,17 @@ def launch(kernel: Kernel, inputs: Inputs) -> Outputs:
     outputs = Outputs(
         jax.ShapeDtypeStruct(inputs.query.shape, problem.q_dtype), tuple(sums for _ in kernel.loads)
     )
-    leaves, tree = jax.tree.flatten(inputs)
-    out_leaves, out_tree = jax.tree.flatten(outputs)
-
-    def flexjax_backward_dq(*refs: Any) -> None:
-        n_in, n_out = len(leaves), len(out_leaves)
-        _run(
-            kernel,
-            jax.tree.unflatten(tree, refs[:n_in]),
-            jax.tree.unflatten(out_tree, refs[n_in : n_in + n_out]),
-            Buffers(*refs[n_in + n_out :]),
-        )
-
-    call = plgpu.kernel(
-        flexjax_backward_dq,
-        out_type=tuple(out_leaves),
-        scratch_types=kernel.buffers(),
-        grid=(kernel.schedule.ctas,),
-        grid_names=("cta",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=config.approx_math,
-            # The barriers are all written out.
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
-        interpret=plgpu.InterpretGPUParams() if config.interpret else None,
+    return launch_sm90.launch(
+        "flexjax_backward_dq",
+        functools.partial(_run, kernel),
+        inputs,
+        outputs,
+        kernel.buffers(),
+        ctas=kernel.schedule.ctas,
+        warpgroups=config.warpgroups + 1,
+        approx_math=config.approx_math,
+        interpret=config.interpret,
     )
-    return jax.tree.unflatten(out_tree, call(*leaves))
 
 
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:

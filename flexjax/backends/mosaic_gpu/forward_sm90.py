@@ -22,6 +22,7 @@ steps computes one step on some block and drops the result by selection.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from flexjax.backends.mosaic_gpu import config as configs
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
 from flexjax.backends.mosaic_gpu.consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
+from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch, rows
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.problem import BLHD, Operands, Problem, Result
 
@@ -41,16 +43,17 @@ from flexjax.problem import BLHD, Operands, Problem, Result
 def forward(problem: Problem, operands: Operands, config: Config) -> Result:
     """Runs the kernel.
 
-    Copies an operand only if TMA cannot address it: see `_addressable`.
+    Copies an operand only if TMA cannot address it: see `launch_sm90.addressable`.
     """
     schedule = Schedule(problem, config)
     kernel = Kernel(schedule)
+    axis = 1 if problem.layout == BLHD else 2
     query, key, value = (
-        _addressable(x, problem.layout, length, tile if config.interpret else 8)
-        for x, length, tile in (
-            (operands.query, problem.q_len, config.q_tile),
-            (operands.key, problem.kv_len, config.kv_tile),
-            (operands.value, problem.kv_len, config.kv_tile),
+        addressable(x, axis, tile if config.interpret else 8, configs.padded_dim(x.shape[3]))
+        for x, tile in (
+            (operands.query, config.q_tile),
+            (operands.key, config.kv_tile),
+            (operands.value, config.kv_tile),
         )
     )
     lists = operands.lists
@@ -70,9 +73,8 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         key,
         value,
         counts_and_indices,
-        *(tuple(map(_capture, c)) for c in (score_captures, operands.mask_captures)),
+        *(tuple(map(capture, c)) for c in (score_captures, operands.mask_captures)),
     )
-    leaves, tree = jax.tree.flatten(inputs)
     stats = jax.ShapeDtypeStruct(
         (*problem.stats_shape()[:2], schedule.q_tiles * config.q_tile), jnp.float32
     )
@@ -82,56 +84,20 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         stats,
         (stats,) if problem.max_scores else (),
     )
-    out_leaves, out_tree = jax.tree.flatten(outputs)
-
-    def flexjax_forward(*refs: Any) -> None:
-        n_in, n_out = len(leaves), len(out_leaves)
-        _run(
-            kernel,
-            jax.tree.unflatten(tree, refs[:n_in]),
-            jax.tree.unflatten(out_tree, refs[n_in : n_in + n_out]),
-            Buffers(*refs[n_in + n_out :]),
-        )
-
-    call = plgpu.kernel(
-        flexjax_forward,
-        out_type=tuple(out_leaves),
-        scratch_types=kernel.buffers(query.shape[-1], value.shape[-1]),
-        grid=(schedule.ctas,),
-        grid_names=("cta",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=config.approx_math,
-            # The barriers are all written out below.
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-        ),
-        interpret=plgpu.InterpretGPUParams() if config.interpret else None,
+    result = launch(
+        "flexjax_forward",
+        functools.partial(_run, kernel),
+        inputs,
+        outputs,
+        kernel.buffers(query.shape[-1], value.shape[-1]),
+        ctas=schedule.ctas,
+        warpgroups=config.warpgroups + 1,
+        approx_math=config.approx_math,
+        interpret=config.interpret,
     )
-    result = jax.tree.unflatten(out_tree, call(*leaves))
-    axis = 1 if problem.layout == BLHD else 2
     out = lax.slice_in_dim(result.out, 0, problem.q_len, axis=axis)[..., : problem.v_dim]
     lse, *max_scores = (x[..., : problem.q_len] for x in (result.lse, *result.max_scores))
     return Result(out, lse, max_scores[0] if max_scores else None)
-
-
-def _addressable(x: Any, layout: str, length: int, multiple: int) -> Any:
-    """The array as TMA can read it, in tiles of 8 rows of at least 32 bytes.
-
-    A head dimension that is no multiple of 16, or a length that is no multiple of 8, is filled up with zeros;
-    the end of the last tile TMA fills up by itself. The interpreter wants whole tiles.
-    """
-    rows = [(0, 0)] * 4
-    rows[1 if layout == BLHD else 2] = (0, -length % multiple)
-    rows[3] = (0, configs.padded_dim(x.shape[3]) - x.shape[3])
-    return x if not any(high for _, high in rows) else jnp.pad(x, rows)
-
-
-def _capture(x: Any) -> Any:
-    """A captured array as kernels read it: bools as int8, and at least one axis."""
-    x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
-    return x.reshape(1) if x.ndim == 0 else x
 
 
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
@@ -177,8 +143,10 @@ class Producer:
             if config.persistent:
                 pl.when(begin > 0)(lambda w=w: plgpu.barrier_wait(buffers.query_free.at[w]))
             first = position.q * config.q_tile + w * WARPGROUP_ROWS
-            rows = kernel.rows(self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS)
-            plgpu.copy_gmem_to_smem(rows, buffers.query.at[w], buffers.query_full.at[w])
+            where = rows(
+                kernel.problem, self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS
+            )
+            plgpu.copy_gmem_to_smem(where, buffers.query.at[w], buffers.query_full.at[w])
         b, h = kernel.schedule.kv_row(position)
 
         def load(i: Any, _: Any) -> None:
@@ -192,8 +160,8 @@ class Producer:
             ):
                 free_stage = free.at[stage]
                 pl.when(step >= config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
-                rows = kernel.rows(source, b, h, first, config.kv_tile)
-                plgpu.copy_gmem_to_smem(rows, target.at[stage], full.at[stage])
+                where = rows(kernel.problem, source, b, h, first, config.kv_tile)
+                plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
 
         lax.fori_loop(0, steps.computed, load, None)
         return begin + steps.computed

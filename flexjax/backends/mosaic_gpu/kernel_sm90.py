@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import config as configs
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, tiles
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E, Softmax
-from flexjax.problem import BLHD, Problem
+from flexjax.problem import Problem
 
 
 class Inputs(NamedTuple):
@@ -105,23 +104,14 @@ class Kernel:
 
     def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
         config, dtype = self.config, self.problem.q_dtype
-
-        def tiles(*shape: int) -> Any:
-            swizzle = plgpu.find_swizzle(shape[-1] * 16)
-            tiling = plgpu.TilingTransform((8, swizzle // 2))
-            return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-        def barriers(count: int, arrivals: int = 1) -> Any:
-            return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-
         n, stages, kv_tile = config.warpgroups, config.stages, config.kv_tile
         own_out = configs.own_output_buffer(self.problem, config.persistent)
         return Buffers(
-            query=tiles(n, WARPGROUP_ROWS, dim),
-            key=tiles(stages, kv_tile, dim),
-            value=tiles(stages, kv_tile, v_dim),
-            out=(tiles(n, WARPGROUP_ROWS, v_dim),) if own_out else (),
-            probabilities=(tiles(n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
+            query=tiles(dtype, n, WARPGROUP_ROWS, dim),
+            key=tiles(dtype, stages, kv_tile, dim),
+            value=tiles(dtype, stages, kv_tile, v_dim),
+            out=(tiles(dtype, n, WARPGROUP_ROWS, v_dim),) if own_out else (),
+            probabilities=(tiles(dtype, n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),
@@ -133,8 +123,3 @@ class Kernel:
     def stage(self, step: Any) -> Any:
         """The stage of a step, counted over all tiles of the CTA."""
         return lax.rem(step, jnp.int32(self.config.stages))
-
-    def rows(self, ref: Any, b: Any, h: Any, first: Any, count: int) -> Any:
-        """Rows of one head of a tensor in the problem's layout."""
-        rows = pl.ds(first, count)
-        return ref.at[b, rows, h] if self.problem.layout == BLHD else ref.at[b, h, rows]
