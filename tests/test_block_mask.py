@@ -251,7 +251,7 @@ def problems(draw, arrays=True):
     return shape, block_size, draw(tree)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(problems())
 def test_random_masks(problem):
     shape, block_size, tree = problem

@@ -99,7 +99,7 @@ def test_work_is_taken_in_chunks_and_heads_one_by_one(monkeypatch):
             np.testing.assert_array_equal(np.broadcast_to(states, expected.shape), expected)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 64), st.integers(0, 9))
 def test_work_list_finds_every_open_block_once(size, density, count, seed):
     states = np.random.default_rng(seed).random(size) < density

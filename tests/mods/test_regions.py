@@ -196,7 +196,7 @@ def built(geometry, expression):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(truths, st.sampled_from(GEOMETRIES))
 @example(("eq", ("load", "ids", ("input", "q")), ("load", "ids", ("input", "kv"))), GEOMETRIES[0])
 @example(("le", ("load", "bias", ("input", "q")), ("load", "bias", ("input", "kv"))), GEOMETRIES[0])
