@@ -145,7 +145,7 @@ def choose(problem: Problem) -> BackwardConfig:
     """
     if problem.blocks is not None and not problem.blocks.backward:
         raise NotImplementedError(
-            "the block mask has no transposed lists. Build it without inference_only=True."
+            "the block mask has no transposed lists. Build it with compute_q_blocks=True, the default."
         )
     blocks = problem.blocks
     odd = blocks is not None and blocks.geometry.kv_block % (2 * WARPGROUP_ROWS) != 0
