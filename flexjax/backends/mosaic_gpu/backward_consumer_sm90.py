@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -87,14 +89,7 @@ class Consumer:
 
             def step(masked: bool) -> Any:
                 def run(i: Any, sums: Sums) -> Sums:
-                    first_query = pl.multiple_of(steps.first_query(i), self.kernel.config.q_tile)
-                    place = Place(
-                        b,
-                        h,
-                        schedule.inside(first_query),
-                        column.tile * self.kernel.config.kv_tile + self._first_key,
-                    )
-                    return self._step(begin + i, first_query, place, accumulators, sums, masked)
+                    return self._step(begin + i, i, b, h, column, accumulators, sums, masked)
 
                 return run
 
@@ -105,6 +100,9 @@ class Consumer:
                 sums = lax.fori_loop(steps.masked, steps.count, step(False), sums)
             else:
                 sums = lax.fori_loop(0, steps.count, step(False), sums)
+            if self.kernel.config.rolling:
+                plgpu.wgmma_wait(0)
+                self._hand_back_queries(begin + steps.count - 1, steps.count > 0)
             self._store_key_sums(sums, column, b, h)
             return begin + steps.count
 
@@ -113,13 +111,31 @@ class Consumer:
         else:
             lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
 
+    @property
+    def _dk_first(self) -> bool:
+        return self.kernel.config.order == "dk_first" or self._part is None
+
+    def _hand_back_queries(self, number: Any, condition: Any) -> None:
+        """Hands back the queries of step `number` on a condition."""
+        free = self.buffers.query_free.at[self.kernel.stage(jnp.maximum(number, 0))]
+        pl.when(condition)(lambda: plgpu.barrier_arrive(free))
+
+    def _place(self, stage: Any, b: Any, h: Any, column: Column) -> tuple[Any, Place]:
+        """(first query of a step, where its tile of scores lies)."""
+        # The producer looked it up: lists and counts would take registers here.
+        first_query = pl.multiple_of(self.buffers.first_query[stage], self.kernel.config.q_tile)
+        key = column.tile * self.kernel.config.kv_tile + self._first_key
+        return first_query, Place(b, h, self.kernel.schedule.inside(first_query), key)
+
     # -- one step -------------------------------------------------------------------------------
 
     def _step(
         self,
         number: Any,
-        first_query: Any,
-        place: Place,
+        in_row: Any,
+        b: Any,
+        h: Any,
+        column: Column,
         accumulators: Accumulators,
         sums: Sums,
         masked: bool,
@@ -128,23 +144,29 @@ class Consumer:
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
         plgpu.barrier_wait(buffers.query_full.at[stage])
-        p, cotangents = self._cotangents(stage, place, masked)
+        first_query, place = self._place(stage, b, h, column)
+        scored = None
+        if config.rolling:
+            scored = functools.partial(self._hand_back_queries, number - 1, in_row > 0)
+        p, cotangents = self._cotangents(stage, place, masked, scored)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
-        self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
         own_ds = buffers.ds.at[ds_stage, self._slot]
+        self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
         if kernel.parts or config.interpret:
             own_ds[...] = ds
-            plgpu.commit_smem()
-        if kernel.parts:
+            if not config.rolling:
+                plgpu.commit_smem()
+        if kernel.parts and not config.rolling:
             plgpu.barrier_arrive(buffers.ds_full)
-        dk_first = config.order == "dk_first" or self._part is None
         operand = own_ds if config.interpret else ds
-        if dk_first:
+        if self._dk_first:
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
         sums = self._sum_loads(sums, cotangents, first_query, place)
-        if kernel.parts:
+        if config.rolling:
+            registers.publish_and_meet(config.warpgroups)
+        elif kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
-        if dk_first:
+        if self._dk_first:
             self._finish_step(stage, ds_stage, place, first_query)
             return sums
         part = self._part
@@ -158,9 +180,11 @@ class Consumer:
             return result
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self._add_to_dq(dq, part, place, first_query)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(buffers.query_free.at[stage])
+        if not config.rolling:
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(buffers.query_free.at[stage])
         return sums
 
     def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
@@ -177,7 +201,9 @@ class Consumer:
             return
 
         def product(dq: Any) -> Any:
-            plgpu.wgmma_wait(self._issue_dq(dq, part, ds_stage))
+            count = self._issue_dq(dq, part, ds_stage)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wgmma_wait(count)
             hand_back()
             return dq[...]
 
@@ -193,8 +219,21 @@ class Consumer:
             plgpu.wgmma(dq, queries.transpose((1, 0)), keys)
         return slots
 
-    def _cotangents(self, stage: Any, place: Place, masked: bool) -> tuple[Any, Cotangents]:
-        """(probabilities as operand, cotangents) of a step; awaits its products."""
+    def _cotangents(
+        self,
+        stage: Any,
+        place: Place,
+        masked: bool,
+        scored: Callable[[], None] | None = None,
+    ) -> tuple[Any, Cotangents]:
+        """(probabilities as operand, cotangents) of a step; awaits its products.
+
+        Args:
+            stage: where the step's tiles are.
+            place: where the step's tile of scores lies.
+            masked: whether positions may be hidden.
+            scored: called as soon as the scores, and every product issued before, are there.
+        """
         kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
         captures, mask_captures = self.inputs.score_captures, self.inputs.mask_captures
 
@@ -207,6 +246,8 @@ class Consumer:
             early = masked and kernel.mask_loads
             allowed = tile.allowed(place, mask_captures) if early else None
             raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+            if scored is not None:
+                scored()
             if masked and not early:
                 allowed = tile.allowed(place, mask_captures)
             # Read late, or ptxas keeps them in registers while there are none to spare.
@@ -233,7 +274,6 @@ class Consumer:
 
     def _add_to_dq(self, dq: Any, part: configs.Part, place: Place, first_query: Any) -> None:
         problem, interpret = self.kernel.problem, self.kernel.config.interpret
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer = self.buffers.dq[self.warpgroup]
         buffer[...] = dq
         plgpu.commit_smem()

@@ -4,13 +4,16 @@ A *column* is one tile of keys of one key head, and the work of one CTA. It visi
 that reads these keys, and in each of them the *steps*, tiles of queries, that the transposed block lists name:
 masked ones first, in which the mask decides or which reach over the last key, then the others.
 
-Tiles of keys vary fastest over the grid. CTAs that run at the same time then add to the dQ of few heads, which
-stays in the second-level cache, and for causal masks the first keys, with the most queries, come first.
+The grid takes a few heads at a time, about as many as fill the machine, and in them the first keys of every
+head, then the second ones, and so on. CTAs that run at the same time then add to the dQ of few heads, which stays
+in the second-level cache; and for causal masks, whose first keys have the most queries, the longest columns come
+first and the last ones that run are short ones of all these heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
+from flexjax.backends.mosaic_gpu.config import CORES
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
@@ -89,9 +93,20 @@ class ColumnSchedule:
         """Batch rows and query heads that read the same keys."""
         return self.problem.batch // self.problem.kv_batch * self.problem.group
 
+    @property
+    def _heads_together(self) -> int:
+        """Heads whose columns alternate: the power of two that comes closest to filling the machine."""
+        return 1 << max(0, round(math.log2(CORES / self.kv_tiles)))
+
     def column(self, cta: Any) -> Column:
-        head, tile = lax.div(cta, jnp.int32(self.kv_tiles)), lax.rem(cta, jnp.int32(self.kv_tiles))
         heads = jnp.int32(self.problem.kv_heads)
+        together = self._heads_together
+        group = lax.div(cta, jnp.int32(together * self.kv_tiles))
+        first = group * together
+        # The last group may be smaller.
+        size = jnp.minimum(self.problem.kv_batch * self.problem.kv_heads - first, together)
+        inside = cta - first * self.kv_tiles
+        head, tile = first + lax.rem(inside, size), lax.div(inside, size)
         return Column(lax.div(head, heads), lax.rem(head, heads), tile)
 
     def row(self, column: Column, number: Any) -> tuple[Any, Any]:

@@ -309,6 +309,8 @@ class Producer:
         ):  # fmt: skip
             free_stage = free.at[stage]
             pl.when(step >= kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+            if source is inputs.query:
+                buffers.first_query[stage] = first
             where = rows(kernel.problem, source, b, h, first, q_tile)
             plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
             plgpu.copy_gmem_to_smem(

@@ -21,8 +21,8 @@ from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, Sums
+from flexjax.backends.mosaic_gpu.backward_schedule import Column
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
-from flexjax.backends.mosaic_gpu.tile_gradients import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,10 @@ class WideConsumer(Consumer):
     def _step(
         self,
         number: Any,
-        first_query: Any,
-        place: Place,
+        in_row: Any,
+        b: Any,
+        h: Any,
+        column: Column,
         accumulators: Any,
         sums: Sums,
         masked: bool,
@@ -76,6 +78,7 @@ class WideConsumer(Consumer):
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
         plgpu.barrier_wait(buffers.query_full.at[stage])
+        first_query, place = self._place(stage, b, h, column)
         if self._of_values:
             p = self._probabilities(stage, place, masked)
             plgpu.barrier_wait(buffers.d_out_full.at[stage])

@@ -209,6 +209,22 @@ def give_turn_to(warpgroup: Any) -> None:
     _named_barrier("bar.arrive", warpgroup)
 
 
+def publish_and_meet(warpgroups: int) -> None:
+    """Makes what was stored to shared memory visible to matrix products and copies; waits for all warpgroups.
+
+    One barrier in place of the two that `commit_smem` and a barrier between the warpgroups take.
+    """
+
+    @plgpu.inline_mgpu(arg_types=())
+    def meet(_: Any) -> None:
+        mgpu.utils.inline_ptx(
+            f"fence.proxy.async.shared::cta; bar.sync {_FIRST_NAMED_BARRIER}, {warpgroups * WARPGROUP};",
+            has_side_effects=True,
+        )
+
+    meet()
+
+
 def _named_barrier(instruction: str, number: Any) -> None:
     threads = 2 * WARPGROUP  # those who wait and those who hand over
 
