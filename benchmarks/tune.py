@@ -27,7 +27,6 @@ FORWARD = {
 }
 BACKWARD = {
     "backward_order": ("dk_first", "dq_first"),
-    "backward_stagger": (False, True),
     "backward_q_tile": (64, 128),
     "backward_stages": (1, 2, 3),
 }

@@ -43,7 +43,6 @@ class BackwardConfig:
         q_tile: queries of one step.
         stages: tiles of queries, and of the output's cotangents, in flight.
         order: "dk_first" or "dq_first": which product is issued first once dS is known.
-        stagger: CTAs start at different queries, so that not all add to the same rows of dQ at a time.
         rolling: a step begins while the last product of the one before is under way, and the warpgroups meet at
             one barrier a step. Measured 3% faster without a mask; masks leave no registers for it.
         deterministic: dQ comes from a kernel of its own (see dq_sm90.py) and nothing is added in an order that
@@ -58,7 +57,6 @@ class BackwardConfig:
     q_tile: int
     stages: int
     order: str = "dk_first"
-    stagger: bool = False
     rolling: bool = False
     deterministic: bool = False
     approx_math: bool = True
@@ -83,7 +81,6 @@ OPTIONS = {
     "backward_q_tile": int,
     "backward_stages": int,
     "backward_order": str,
-    "backward_stagger": bool,
 }
 
 
@@ -164,7 +161,6 @@ def choose(problem: Problem) -> BackwardConfig:
         q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
         stages=2,
         order=problem.option("backward_order", ORDERS[0] if narrow or wide else "dq_first"),
-        stagger=problem.option("backward_stagger", False),
         deterministic=deterministic,
         approx_math=problem.option("approx_math", True),
         interpret=interpret,

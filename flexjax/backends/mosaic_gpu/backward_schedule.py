@@ -139,8 +139,7 @@ class ColumnSchedule:
             masked = jnp.int32(0)
             if self.keys_overhang:
                 masked = jnp.where(column.tile == self.kv_tiles - 1, count, 0)
-            start = self._start(column, count)
-            return Steps(masked, count, lambda i: _rotated(i, start, count) * q_tile)
+            return Steps(masked, count, lambda i: i * q_tile)
         blocks = self.problem.blocks
         assert blocks is not None, "lists come with their static part"
         geometry = blocks.geometry
@@ -159,29 +158,15 @@ class ColumnSchedule:
 
         partial = count_of(partial_counts, partial_indices)
         full = count_of(full_counts, full_indices)
-        start = self._start(column, full)
 
         def first_query(i: Any) -> Any:
             i, part = lax.div(i, jnp.int32(per_block)), lax.rem(i, jnp.int32(per_block))
             block = lax.select(
                 i < partial,
                 entry(partial_indices, i),
-                entry(full_indices, _rotated(i - partial, start, full)),
+                entry(full_indices, i - partial),
             )
             block = jnp.clip(block, 0, geometry.rows - 1)
             return block * geometry.q_block + part * q_tile
 
         return Steps(partial * per_block, (partial + full) * per_block, first_query)
-
-    def _start(self, column: Column, count: Any) -> Any:
-        """Where a column starts among `count` unmasked steps or blocks; None for the first one."""
-        if not self.config.stagger:
-            return None
-        return lax.rem(column.tile, jnp.maximum(count, 1))
-
-
-def _rotated(i: Any, start: Any, count: Any) -> Any:
-    if start is None:
-        return i
-    moved = i + start
-    return jnp.where(moved >= count, moved - count, moved)
