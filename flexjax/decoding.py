@@ -44,16 +44,20 @@ class Pages(Protocol):
     """
 
     @property
-    def key_pages(self) -> Float[Array, "Hkv P page D"]: ...
+    def key_pages(self) -> Float[Array, "Hkv P page D"]:
+        """See above."""
 
     @property
-    def value_pages(self) -> Float[Array, "Hkv P page Dv"]: ...
+    def value_pages(self) -> Float[Array, "Hkv P page Dv"]:
+        """See above."""
 
     @property
-    def page_table(self) -> Int32[Array, "B N"]: ...
+    def page_table(self) -> Int32[Array, "B N"]:
+        """See above."""
 
     @property
-    def lengths(self) -> Int32[Array, "B"]: ...
+    def lengths(self) -> Int32[Array, "B"]:
+        """See above."""
 
 
 def decode(
@@ -82,7 +86,7 @@ def decode(
 
     Args:
         query: (B, Hq, L, D), bfloat16, float16 or float32. L may exceed 1, for speculative decoding or for a
-            chunk of a prompt; the kernel takes up to 64 queries.
+            chunk of a prompt; the kernel is made for few queries, and computes any number.
         cache: a `KVCache`, or a paged cache. A KVCache of batch size 1 may serve all B queries.
         score_mod: as for `flex_attention`, with q_idx counted from the start of the sequence.
         mask_mod: alike. A causal mask may be left out if L is 1.
@@ -146,16 +150,16 @@ def _cached(query: Any, cache: Any, layout: str) -> tuple[Problem, Operands]:
         )
     if not isinstance(cache, Pages):
         raise TypeError(
-            "cache must be a flexjax.KVCache or a paged cache with key_pages, value_pages, page_table and lengths, "
-            f"but it is of type {type(cache).__name__}. Wrap arrays: KVCache(key, value, lengths)."
+            "cache must be a flexjax.KVCache or a paged cache with key_pages, value_pages, page_table and "
+            f"lengths, but it is of type {type(cache).__name__}. Wrap arrays: KVCache(key, value, lengths)."
         )
     names = ("key_pages", "value_pages", "page_table")
     key, value, table = (_as_array(getattr(cache, name), name) for name in names)
     for name, x in (("key_pages", key), ("value_pages", value)):
         if x.ndim != 4 or x.shape[:3] != key.shape[:3]:
             raise ValueError(
-                f"{name} must have shape (Hkv, pages, page, D), alike for keys and values but for D, but key_pages "
-                f"have {key.shape} and value_pages {value.shape}."
+                f"{name} must have shape (Hkv, pages, page, D), alike for keys and values but for D, but "
+                f"key_pages have {key.shape} and value_pages {value.shape}."
             )
     if table.ndim != 2 or table.shape[0] != query.shape[0] or table.dtype != jnp.int32:
         raise ValueError(
@@ -182,8 +186,8 @@ def _lengths(lengths: Any, problem: Problem) -> Any:
     lengths = jnp.asarray(capacity if lengths is None else lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape not in ((), (batch,)):
         raise ValueError(
-            f"The cache's lengths must be integers, one for each of the {batch} batch rows of the query or one for "
-            f"all, but they are {lengths.dtype} {lengths.shape}."
+            f"The cache's lengths must be integers, one for each of the {batch} batch rows of the query or one "
+            f"for all, but they are {lengths.dtype} {lengths.shape}."
         )
     if not _compat.is_tracer(lengths):
         known = np.atleast_1d(np.asarray(lengths))

@@ -103,8 +103,8 @@ class KVCache:
         fits = lengths + count <= self.capacity
         if not _compat.is_tracer(fits) and not bool(fits.all()):
             raise ValueError(
-                f"{count} tokens do not fit behind sequences of lengths {np.asarray(lengths).tolist()} in a cache of "
-                f"capacity {self.capacity}. Make the cache larger."
+                f"{count} tokens do not fit behind sequences of lengths {np.asarray(lengths).tolist()} in a cache "
+                f"of capacity {self.capacity}. Make the cache larger."
             )
         # Positions outside of the cache are dropped.
         place = jnp.where(fits, lengths, self.capacity)[:, None] + jnp.arange(count)

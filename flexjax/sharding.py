@@ -32,8 +32,8 @@ def attend_sharded(problem: Problem, choice: Choice, operands: Operands) -> Resu
         return attend(problem, choice, operands)
     if operands.page_table is not None:
         raise ValueError(
-            f"The query is sharded as {_spec(operands.query)}, but a paged cache is split over a mesh by hand only. Call "
-            "flexjax.decode inside jax.shard_map, with the pools' heads and the table's rows of the shard."
+            f"The query is sharded as {_spec(operands.query)}, but a paged cache is split over a mesh by hand. "
+            "Call flexjax.decode inside jax.shard_map, with the pools' heads and the table's rows of the shard."
         )
     for name, x in (("key", operands.key), ("value", operands.value)):
         wanted = (rows if problem.kv_batch > 1 else (), heads)

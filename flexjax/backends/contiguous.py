@@ -91,5 +91,3 @@ def _without_tail(x: Any, lengths: Any, axis: int, problem: Problem) -> Any:
     counts = position.reshape(shape) < lengths.reshape(-1, 1, 1, 1)
     x = jnp.repeat(x, problem.batch // x.shape[0], axis=0)
     return jnp.where(counts, x, jnp.zeros((), x.dtype))
-
-

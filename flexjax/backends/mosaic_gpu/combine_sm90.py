@@ -1,8 +1,8 @@
 """Adds up the segments of every tile that the decoding kernel has written: the second step of split decoding.
 
 A segment holds an output O_i, unnormalised and relative to a reference m_i in units of log2, and a sum l_i. With
-m the largest m_i and w_i = 2^(m_i - m), the tile's output is sum(w_i O_i) / sum(w_i l_i). A CTA takes some columns of
-one tile, and reads several segments at a time, because it waits for memory rather than for arithmetic.
+m the largest m_i and w_i = 2^(m_i - m), the tile's output is sum(w_i O_i) / sum(w_i l_i). A CTA takes some columns
+of one tile, and reads several segments at a time, because it waits for memory rather than for arithmetic.
 """
 
 from __future__ import annotations
@@ -74,14 +74,12 @@ def combine(plan: Plan, segments: Any, starts: Any, lengths: tuple[Any, ...]) ->
     v_dim = segments.out.shape[-1]
     lead, padded = problem.batch * rows.heads, rows.tiles * WARPGROUP_ROWS
     stats = jax.ShapeDtypeStruct((lead, padded), jnp.float32)
-    out = jax.ShapeDtypeStruct(
-        (lead, padded if interpret else rows.count, v_dim), problem.q_dtype
-    )
+    out = jax.ShapeDtypeStruct((lead, padded if interpret else rows.count, v_dim), problem.q_dtype)
     kernel = Kernel(plan, 32 if v_dim % 32 == 0 else 16, v_dim)
     result = launch(
         "flexjax_combine",
         functools.partial(_run, kernel),
-        Inputs(*segments, starts, lengths),
+        Inputs(segments.out, segments.reference, segments.total, starts, lengths),
         Outputs(out, stats, (stats,) if problem.max_scores else ()),
         Buffers(),
         ctas=rows.all_tiles * kernel.parts,
@@ -246,7 +244,9 @@ def store_rows(
         memref = ir.MemRefType(ref.type)
         strides, _ = memref.get_strides_and_offset()
         pointer = mgpu.utils.memref_ptr(ref)
-        lead, first_row, first_column = (v.registers.item() for v in (lead, first_row, first_column))
+        lead, first_row, first_column = (
+            v.registers.item() for v in (lead, first_row, first_column)
+        )
         origin = [lane.ir for lane in placement.origin(x.layout, x.shape)]
         places = placement.static_offsets(x.layout, x.shape)
         by_row: dict[int, list[tuple[int, Any]]] = {}

@@ -1,7 +1,7 @@
 """Whether a mask's visible keys lie in one piece: a guess that decides how live blocks are written down.
 
-Where it is wrong, a decoding step visits blocks in vain or pays for a list that a range would have replaced; what it
-computes stays the same.
+Where it is wrong, a decoding step visits blocks in vain or pays for a list that a range would have replaced; what
+it computes stays the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _kind(graph: Graph, node: Node, args: list[str]) -> str:
     match node.op, args:
         case "input", _:
             return UP
-        case ("convert" | "stop_gradient" | "floor"), [x]:
+        case (("convert" | "stop_gradient" | "floor"), [x]):
             return x
         case "neg", [x]:
             return _NEGATED.get(x, x)
@@ -43,17 +43,17 @@ def _kind(graph: Graph, node: Node, args: list[str]) -> str:
             return _sum(x, y)
         case "sub", [x, y]:
             return _sum(x, _NEGATED.get(y, y))
-        case ("mul" | "div"), [x, y] if y == FREE:
+        case (("mul" | "div"), [x, y]) if y == FREE:
             factor = graph.nodes[node.args[1]]
             constant = factor["value"].value if factor.op == "const" else 0
             return x if constant > 0 else _NEGATED.get(x, x) if constant < 0 else OTHER
-        case ("min" | "max"), [x, y] if FREE in (x, y) or x == y:
+        case (("min" | "max"), [x, y]) if FREE in (x, y) or x == y:
             return x if y == FREE else y
         case "clamp", [_, x, _]:
             return x
-        case ("lt" | "le"), [x, y]:
+        case (("lt" | "le"), [x, y]):
             return _piece(_sum(x, _NEGATED.get(y, y)), (UP, DOWN, VALLEY))
-        case ("gt" | "ge"), [x, y]:
+        case (("gt" | "ge"), [x, y]):
             return _piece(_sum(x, _NEGATED.get(y, y)), (UP, DOWN, PEAK))
         case "eq", [x, y]:
             return _piece(_sum(x, _NEGATED.get(y, y)), (UP, DOWN))

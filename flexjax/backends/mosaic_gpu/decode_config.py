@@ -9,7 +9,8 @@ from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
 KV_TILES = (64, 128)
-# An attention without a cache is a decoding step too if it has at most this many queries, and at least so many keys.
+# An attention without a cache is computed as a decoding step if it has at most this many queries, and at least so
+# many keys.
 MOST_QUERIES, LEAST_KEYS = 64, 1024
 # Shared memory of each of two CTAs that share a multiprocessor, less what the barriers take.
 _HALF = 113 * 1024 - 512
@@ -46,7 +47,9 @@ def applies(problem: Problem) -> bool:
     if problem.decoding is not None:
         return True
     short = problem.q_len <= MOST_QUERIES and problem.kv_len >= LEAST_KEYS
-    usual = {"warpgroups", "persistent", "ping_pong", "trust_maximum"} & dict(problem.options).keys()
+    usual = {"warpgroups", "persistent", "ping_pong", "trust_maximum"} & dict(
+        problem.options
+    ).keys()
     blocks = problem.blocks
     listed = blocks is None or (blocks.geometry.rows == 1 and blocks.geometry.kv_block % 64 == 0)
     return problem.option("decode", short and listed and not usual)
@@ -95,8 +98,8 @@ def _misfit(problem: Problem, kv_tile: int) -> str | None:
     page = None if decoding is None else decoding.page_size
     if page is not None and page % kv_tile and kv_tile % page:
         return (
-            f"The kernel reads {kv_tile} keys at a time, which pages of {page} tokens neither divide nor are divided "
-            "by. Use pages of 16, 32, 64, 128 or 256 tokens."
+            f"The kernel reads {kv_tile} keys at a time, which pages of {page} tokens neither divide nor are "
+            "divided by. Use pages of 16, 32, 64, 128 or 256 tokens."
         )
     if page is not None and page % 8:
         return f"Pages of {page} tokens are too small: the kernel copies 8 keys at least."
@@ -105,13 +108,13 @@ def _misfit(problem: Problem, kv_tile: int) -> str | None:
     geometry = blocks.geometry
     if geometry.rows > 1:
         return (
-            f"The block mask has {geometry.rows} rows of blocks of {geometry.q_block} queries, and the decoding kernel "
-            "takes one. Build it with a larger q_block."
+            f"The block mask has {geometry.rows} rows of blocks of {geometry.q_block} queries, and the decoding "
+            "kernel takes one. Build it with a larger q_block."
         )
     if geometry.kv_block % kv_tile:
         return (
-            f"The block mask has blocks of {geometry.kv_block} keys, which tiles of {kv_tile} do not divide. Build it "
-            "with a kv_block that is a multiple of 64."
+            f"The block mask has blocks of {geometry.kv_block} keys, which tiles of {kv_tile} do not divide. "
+            "Build it with a kv_block that is a multiple of 64."
         )
     return None
 

@@ -1,8 +1,8 @@
 """Which steps a decoding kernel computes: the live tiles of keys, found on the device by a little XLA.
 
-A *list row* is a batch row or, where the live keys depend on the head, a row of tiles. Its tiles all visit the same
-steps; the steps of all tiles of all list rows, one after another, are dealt out to the CTAs in equal parts, so that
-neither a long sequence nor a short one leaves a part of the machine idle (stream-K, arXiv:2301.03598).
+A *list row* is a batch row or, where the live keys depend on the head, a row of tiles. Its tiles all visit the
+same steps; the steps of all tiles of all list rows, one after another, are dealt out to the CTAs in equal parts,
+so that neither a long sequence nor a short one leaves a part of the machine idle (stream-K, arXiv:2301.03598).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flexjax.block_lists import PARTIAL, cdiv, lists_from_states
 from flexjax.mods.regions import Bounds, Exact, Regions, bounds
 from flexjax.problem import Operands, Problem
 
+_FEW = 512  # list rows
 ALL, RANGE, LISTS = "all", "range", "lists"
 
 
@@ -112,16 +113,15 @@ class Plan:
         else:
             live = self._live(operands)
             if self.kind == RANGE:
-                begin = jnp.argmax(live, -1).astype(jnp.int32)
-                end = live.shape[-1] - jnp.argmax(live[..., ::-1], -1).astype(jnp.int32)
-                counts = jnp.where(live.any(-1), end - begin, 0)
+                tile = jnp.arange(live.shape[-1], dtype=jnp.int32)
+                begin = jnp.where(live, tile, live.shape[-1]).min(-1)
+                counts = jnp.maximum(jnp.where(live, tile + 1, 0).max(-1) - begin, 0)
                 first = (jnp.broadcast_to(begin, self._counted).reshape(-1),)
             else:
                 found = lists_from_states(live.astype(jnp.int8) * PARTIAL, (live.shape[-1], 1))
                 counts, lists = found.counts, found.arrays
         counts = jnp.broadcast_to(counts, self._counted) if counts.ndim == 2 else counts
-        ends = jnp.cumsum(counts.reshape(-1) * self.inner, dtype=jnp.int32)
-        return Work(jnp.concatenate([jnp.zeros(1, jnp.int32), ends]), first, lists)
+        return Work(_starts(counts.reshape(-1) * self.inner), first, lists)
 
     @property
     def _counted(self) -> tuple[int, int]:
@@ -130,7 +130,8 @@ class Plan:
     def _given(self, operands: Operands) -> tuple[Any, tuple[Any, ...]]:
         """(steps of every list row, lists of the single row of blocks) of a block mask."""
         x, blocks = operands.lists, self.problem.blocks
-        assert x is not None and blocks is not None, "lists come with their static part"
+        assert x is not None, "the static part comes with lists"
+        assert blocks is not None, "lists come with their static part"
         counts = [c[..., 0] for c in (x.kv_num_blocks, x.full_kv_num_blocks)]
         indices = [i[:, :, 0] for i in (x.kv_indices, x.full_kv_indices)]
         # No count is trusted beyond the list.
@@ -140,7 +141,7 @@ class Plan:
         return steps, (counts[0], indices[0], counts[1], indices[1])
 
     def _live(self, operands: Operands) -> Any:
-        """bool [B or 1, heads or 1, tiles of keys]: where the mask is possibly true."""
+        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]."""
         problem, tile, mask = self.problem, self.config.kv_tile, self._own_mask
         batch = problem.batch if "b" in mask.depends else 1
         heads = problem.q_heads if "h" in mask.depends else 1
@@ -159,5 +160,17 @@ class Plan:
         blocks = {"q": (problem.q_len, problem.q_len, 2), "kv": (problem.kv_len, tile, 3)}
         _, possible = bounds(mask, operands.mask_captures, Regions(inputs, blocks), jnp)
         possible = jnp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
-        live = possible.reshape(batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles)
+        live = possible.reshape(
+            batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles
+        )
         return live.any(2)
+
+
+def _starts(counts: Any) -> Any:
+    """0 and the running sums of counts."""
+    n = counts.shape[0]
+    if n > _FEW:
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    # One small kernel, where a cumulative sum would be several.
+    before = jnp.arange(n)[None] < jnp.arange(n + 1)[:, None]
+    return jnp.where(before, counts[None], 0).sum(1, dtype=jnp.int32)

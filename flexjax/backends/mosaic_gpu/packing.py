@@ -29,7 +29,9 @@ def _packed(graph: Graph, sizes: tuple[int, ...], group: int, q_len: int) -> Gra
         if group == 1:
             return h
         inside = builder.apply("div", (builder.input("q"), builder.const(q_len, INT32)))
-        return builder.apply("add", (builder.apply("mul", (h, builder.const(group, INT32))), inside))
+        return builder.apply(
+            "add", (builder.apply("mul", (h, builder.const(group, INT32))), inside)
+        )
 
     def query(builder: Builder, q: Ref, extra: Sequence[int]) -> Ref:
         if q_len == 1:
@@ -53,9 +55,11 @@ def reader(shape: tuple[int, ...], dtype: np.dtype) -> Graph:
 def row_exists(batch: int, q_len: int) -> Graph:
     """Whether a row's query lies in its sequence, whose length is lengths[b]."""
     builder = Builder({"b": (0, batch - 1), "q": None})
-    length = builder.load(builder.capture(CaptureType((batch,), INT32)), [builder.input("b")], INT32)
+    length = builder.load(
+        builder.capture(CaptureType((batch,), INT32)), [builder.input("b")], INT32
+    )
     query = builder.apply("rem", (builder.input("q"), builder.const(q_len, INT32)))
-    exists = builder.apply("ge", (builder.apply("add", (query, length)), builder.const(q_len, INT32)))
+    exists = builder.apply(
+        "ge", (builder.apply("add", (query, length)), builder.const(q_len, INT32))
+    )
     return builder.finish([exists])[0]
-
-
