@@ -115,6 +115,9 @@ def decode(
             f"return_aux must be a flexjax.AuxRequest, such as AuxRequest(lse=True), but it is {return_aux!r}."
         )
     query = _as_array(query, "query")
+    token = 1 if layout == BLHD else 2
+    if query.ndim == 4 and query.shape[token] == 0:
+        return _nothing(query, cache, token, return_aux)
     problem, operands = _cached(query, cache, layout)
     problem = dataclasses.replace(
         problem,
@@ -128,6 +131,16 @@ def decode(
     if return_aux is None:
         return result.out
     return result.out, AuxOutput(result.lse if return_aux.lse else None, result.max_scores)
+
+
+def _nothing(query: Any, cache: Any, token: int, return_aux: AuxRequest | None) -> Any:
+    """The result for no queries."""
+    value = cache.value if isinstance(cache, KVCache) else cache.value_pages
+    out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    if return_aux is None:
+        return out
+    stats = jnp.zeros((query.shape[0], query.shape[3 - token], 0), jnp.float32)
+    return out, AuxOutput(*(stats if wanted else None for wanted in return_aux))
 
 
 # -- the cache --------------------------------------------------------------------------------------

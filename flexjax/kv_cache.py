@@ -107,7 +107,7 @@ class KVCache:
                 f"of capacity {self.capacity}. Make the cache larger."
             )
         # Positions outside of the cache are dropped.
-        place = jnp.where(fits, lengths, self.capacity)[:, None] + jnp.arange(count)
+        place = jnp.where(fits, lengths, self.capacity)[:, None] + jnp.arange(count)[None]
         rows = jnp.arange(batch)[:, None]
 
         def written(old: Any, new: Any) -> Any:

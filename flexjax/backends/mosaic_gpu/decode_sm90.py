@@ -3,8 +3,8 @@
 The steps of all tiles, one after another, are dealt out to as many CTAs as run at a time (decode_plan.py). Every
 CTA is one warpgroup that keeps a ring of shared-memory stages filled by TMA and computes what arrives, two of them
 on a multiprocessor; its steps may belong to several tiles, and the loads for the next tile run ahead of the end of
-this one. What a CTA has of a tile, a *segment*, it writes down unnormalised; a second small kernel adds the segments
-up (combine_sm90.py).
+this one. What a CTA has of a tile, a *segment*, it writes down unnormalised; a second small kernel adds the
+segments up (combine_sm90.py).
 
     for each step:
         S = Q K^T, give the stage of K to the next load, P = softmax of S
