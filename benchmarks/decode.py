@@ -3,8 +3,9 @@
     python benchmarks/run.py decode [--groups paged,window] [--peers flexjax,torch_flex] [--minutes 4] [--quick]
 
 A time is that of the whole step: finding the live blocks, the kernel, and adding up its parts. `tbs` counts the
-keys and values that the step needs, `of_copy` is its share of what a copy, timed in the same turns, reads and writes.
-The group `host` measures the host's time for one call instead: a step with a donated cache, and an empty program.
+keys and values that the step needs, `of_copy` is its share of what a copy, timed in the same turns, reads and
+writes. The group `host` measures the host's time for one call instead: a step with a donated cache, and an empty
+program.
 """
 
 from __future__ import annotations

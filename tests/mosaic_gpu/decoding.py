@@ -16,21 +16,7 @@ import pytest
 
 from flexjax import AuxRequest, BlockMask, KVCache, decode
 from flexjax.testing import assert_close, oracle
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("key_pages", "value_pages", "page_table", "lengths"),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class Paged:
-    """The least that `decode` takes for a paged cache."""
-
-    key_pages: Any
-    value_pages: Any
-    page_table: Any
-    lengths: Any
+from tests.mosaic_gpu.paged import Paged
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
