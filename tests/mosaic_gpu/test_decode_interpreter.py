@@ -17,12 +17,8 @@ causal = masks.causal()
 
 
 def by_head(b, h, q_idx, kv_idx):
-    return (q_idx >= kv_idx) & (q_idx - kv_idx < 20 * (h + 1))
-
-
-def first_and_last(b, h, q_idx, kv_idx):
     """Live keys in two pieces."""
-    return (q_idx >= kv_idx) & ((kv_idx < 4) | (q_idx - kv_idx < 40))
+    return (q_idx >= kv_idx) & ((kv_idx < 4) | (q_idx - kv_idx < 20 * (h + 1)))
 
 
 def listed(b, h, q_idx, kv_idx):
@@ -34,9 +30,10 @@ def listed_blocks():
 
 
 @cases(
-    DecodeCase("ragged_bare_alibi", (200, 0, 3, 130), score=scores.alibi(4), heads=4, kv_heads=2, q_len=4, dim=16),
-    DecodeCase("by_head_paged_16", (120, 70), 128, mask=by_head, page=16, score=scores.soft_cap(5.0)),
-    DecodeCase("two_pieces_paged_128", (250,), mask=first_and_last, page=128, q_len=2, dim=16),
+    DecodeCase("ragged_paged_64_alibi", (130, 0, 3), 192, score=scores.alibi(4), heads=4, kv_heads=2, q_len=4,
+               dim=16, page=64, options={"kv_tile": 64}),
+    DecodeCase("two_pieces_by_head_paged_16", (190, 70), 192, mask=by_head, score=scores.soft_cap(5.0), page=16,
+               options={"kv_tile": 64, "stages": 2}),
     DecodeCase("window_blhd_many_rows", (190,), mask=masks.sliding_window(60), heads=5, q_len=17, layout="BLHD",
                dim=16, v_dim=32),
     DecodeCase("listed_blocks_by_head", (230,), blocks=listed_blocks, listed=listed, q_len=2, dim=16),
@@ -53,7 +50,7 @@ def test_decode(case):
         (masks.sliding_window(100, 20), True),
         (masks.chunked(64), True),
         (lambda b, h, q, k: abs(q - k) < 10 * h, True),
-        (first_and_last, False),
+        (by_head, False),
         (masks.prefix_lm(10), False),
         (masks.dilated_window(4, 2), False),
         (lambda b, h, q, k: k % 2 == 0, False),
