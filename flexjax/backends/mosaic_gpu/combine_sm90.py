@@ -30,7 +30,7 @@ from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.mods import graph as graphs
 from flexjax.problem import Result, heads_first
 
-_AT_A_TIME = 8
+_MOST_AT_A_TIME = 8
 
 
 class Inputs(NamedTuple):
@@ -109,6 +109,12 @@ class Kernel:
     def parts(self) -> int:
         return self.v_dim // self.columns
 
+    @property
+    def at_a_time(self) -> int:
+        """Segments that are read side by side: as many as even sequences have, if registers hold them."""
+        cuts = self.plan.config.ctas // self.plan.rows.all_tiles
+        return min(cuts + 2, 2 if self.plan.config.interpret else _MOST_AT_A_TIME)
+
 
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
     del buffers
@@ -128,7 +134,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
         zeros,
         plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, kernel.columns), jnp.float32), TILE),
     )
-    at_a_time = 2 if plan.config.interpret else _AT_A_TIME
+    at_a_time = kernel.at_a_time
     rounds = lax.div(segments + (at_a_time - 1), jnp.int32(at_a_time))
 
     def add(i: Any, sums: Sums) -> Sums:
