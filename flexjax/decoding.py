@@ -194,7 +194,7 @@ def _cached(query: Any, cache: Any, layout: str) -> tuple[Problem, Operands]:
 
 
 def _lengths(lengths: Any, problem: Problem) -> Any:
-    """int32 (B,), inside of the cache."""
+    """int32 (B,); traced ones may lie outside of the cache: who reads them clamps them, which is free there."""
     capacity, batch = problem.kv_len, problem.batch
     lengths = jnp.asarray(capacity if lengths is None else lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape not in ((), (batch,)):
@@ -214,8 +214,7 @@ def _lengths(lengths: Any, problem: Problem) -> Any:
                 f"{known.tolist()}: append the keys and values of these tokens to the cache before the call. A "
                 "sequence of length 0 takes no part."
             )
-    lengths = jnp.clip(lengths.astype(jnp.int32), 0, capacity)
-    return jnp.broadcast_to(lengths, (batch,))
+    return jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
 
 
 # -- mods -------------------------------------------------------------------------------------------
@@ -226,13 +225,16 @@ def _with_mods(
 ) -> tuple[Problem, Operands]:
     lengths, q_len, last = operands.lengths, problem.q_len, problem.kv_len - 1
 
+    def length(b: Any) -> Any:
+        return lax.clamp(jnp.int32(0), lengths[b], jnp.int32(last + 1))
+
     def position(b: Any, q_idx: Any) -> Any:
         """Of a query in its sequence; its range is told to the proofs about masks."""
-        return lax.clamp(jnp.int32(0), q_idx + (lengths[b] - q_len), jnp.int32(last))
+        return lax.clamp(jnp.int32(0), q_idx + (length(b) - q_len), jnp.int32(last))
 
     def exists(b: Any, q_idx: Any, kv_idx: Any) -> Any:
-        seen = kv_idx < lengths[b]
-        return seen if q_len == 1 else seen & (q_idx + lengths[b] >= q_len)
+        seen = kv_idx < length(b)
+        return seen if q_len == 1 else seen & (q_idx + length(b) >= q_len)
 
     if score_mod is not None:
 

@@ -131,6 +131,14 @@ def test_gradients():
         jax.eval_shape(jax.grad(lambda q: decode(q, paged.cache).sum()), paged.query)
 
 
+def test_traced_lengths_are_clamped():
+    """Lengths that cannot be checked count as those of a full, or of an empty cache."""
+    q, k = random(2, 1, 2, 8), random(2, 1, 5, 8, seed=1)
+    step = jax.jit(lambda n: decode(q, KVCache(k, k, n), scores.alibi(1), causal))
+    inside, outside = (jnp.asarray(n, jnp.int32) for n in ((5, 0), (9, -3)))
+    np.testing.assert_array_equal(step(outside), step(inside))
+
+
 def test_append():
     cache = KVCache.empty(2, 1, 4, 2, dtype=jnp.float32, layout="BLHD")
     new = jnp.arange(8, dtype=jnp.float32).reshape(2, 2, 1, 2)

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig, Rows
@@ -107,15 +108,15 @@ class Plan:
             lengths = operands.lengths
             if lengths is None:
                 lengths = jnp.full(self.problem.batch, self.problem.kv_len, jnp.int32)
+            lengths = jnp.clip(lengths, 0, self.problem.kv_len)
             counts = (lengths + (tile - 1)) // tile
         elif self.problem.blocks is not None:
             counts, lists = self._given(operands)
         else:
             live = self._live(operands)
             if self.kind == RANGE:
-                tile = jnp.arange(live.shape[-1], dtype=jnp.int32)
-                begin = jnp.where(live, tile, live.shape[-1]).min(-1)
-                counts = jnp.maximum(jnp.where(live, tile + 1, 0).max(-1) - begin, 0)
+                begin, end = _ends(live)
+                counts = jnp.maximum(end - begin, 0)
                 first = (jnp.broadcast_to(begin, self._counted).reshape(-1),)
             else:
                 found = lists_from_states(live.astype(jnp.int8) * PARTIAL, (live.shape[-1], 1))
@@ -164,6 +165,19 @@ class Plan:
             batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles
         )
         return live.any(2)
+
+
+def _ends(live: Any) -> tuple[Any, Any]:
+    """First live tile and the one behind the last, along the last axis, in one reduction: one small kernel."""
+    tiles = live.shape[-1]
+    tile = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), live.shape)
+    begin, end = lax.reduce(
+        (jnp.where(live, tile, tiles), jnp.where(live, tile + 1, 0)),
+        (jnp.int32(tiles), jnp.int32(0)),
+        lambda x, y: (jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])),
+        (live.ndim - 1,),
+    )
+    return begin, end
 
 
 def _starts(counts: Any) -> Any:

@@ -126,7 +126,8 @@ class Steps:
 
     def length(self, b: Any) -> Any:
         """Where the keys of a batch row end."""
-        return self.inputs.lengths[0][b] if self.inputs.lengths else self.plan.problem.kv_len
+        kv_len = self.plan.problem.kv_len
+        return jnp.minimum(self.inputs.lengths[0][b], kv_len) if self.inputs.lengths else kv_len
 
     def _pages(self, b: Any, first_key: Any) -> tuple[Any, ...]:
         """See `Step.pages`."""
