@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import decode_steps, records
-from benchmarks.decode_peers import PEERS, Prepared
+from benchmarks.decode_peers import PEERS, FlexjaxDecode, Prepared
 from benchmarks.decode_steps import GROUPS, DecodeStep, Group
 from benchmarks.settings import QUICK_PLAN
 from benchmarks.timing import Plan, Timing, clock_reader, interleaved
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="begin no group after these")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--calls", type=int, default=20, help="queued calls a turn")
+    parser.add_argument(
+        "--kernel-options", type=json.loads, default={}, help="flexjax's kernel_options, as JSON"
+    )
     parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
     parser.add_argument(
         "--quick",
@@ -67,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = records.results_file(arguments.out, "decode", run_id, origin["device"])
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=arguments.rounds, calls=arguments.calls)
     write = not arguments.quick or arguments.out is not None
-    peers = {name: PEERS[name] for name in arguments.peers or PEERS}
+    known = PEERS | {"flexjax": FlexjaxDecode(arguments.kernel_options)}
+    peers = {name: known[name] for name in arguments.peers or known}
     for name, peer in list(peers.items()):
         reason = peer.missing()
         if reason is not None:

@@ -61,7 +61,11 @@ class DecodePeer(Protocol):
 
 
 def _compiled(
-    function: Callable[..., Any], args: tuple[Any, ...], pool: Executor, output: Any
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    pool: Executor,
+    output: Any,
+    config: dict[str, Any] | None = None,
 ) -> Callable[[], Prepared]:
     """A JAX function, compiled in the pool."""
     start = time.perf_counter()
@@ -76,13 +80,22 @@ def _compiled(
 
     def finish() -> Prepared:
         program, seconds = future.result()
-        return Prepared(lambda: program(*args), jax.block_until_ready, output, round(seconds, 3))
+        return Prepared(
+            lambda: program(*args), jax.block_until_ready, output, round(seconds, 3), config or {}
+        )
 
     return finish
 
 
+@dataclasses.dataclass(frozen=True)
 class FlexjaxDecode:
-    """`flexjax.decode`; captured arrays and lengths are arguments of the program."""
+    """`flexjax.decode`; captured arrays and lengths are arguments of the program.
+
+    Attributes:
+        options: kernel options.
+    """
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def missing(self) -> str | None:
         return None
@@ -102,10 +115,11 @@ class FlexjaxDecode:
 
         def attend(query: Any, arrays: Any, captures: Any) -> Any:
             cache = arrays if step.page is None else decode_steps.Pages(*arrays)
-            return decode(query, cache, *decode_steps.mods(step, jnp, captures))
+            mods = decode_steps.mods(step, jnp, captures)
+            return decode(query, cache, *mods, kernel_options=self.options)
 
         args = decode_steps.query_of(step), arrays, captures
-        return _compiled(attend, args, pool, lambda out: out)
+        return _compiled(attend, args, pool, lambda out: out, self.options)
 
     def release(self) -> None:
         pass
