@@ -21,7 +21,9 @@ from flexjax.attention import (
     _mask_argument,
     _scaled,
     _shapes,
+    _sinks,
     _traced_score,
+    _with_sinks,
 )
 from flexjax.backends.registry import check_request, select
 from flexjax.block_lists import EMPTY, PARTIAL, blocks_from_lists, lists_from_states
@@ -69,6 +71,7 @@ def decode(
     block_mask: BlockMask | None = None,
     scale: float | Array | None = None,
     return_aux: AuxRequest | None = None,
+    sinks: Float[Array, "Hq"] | None = None,
     layout: str = BHLD,
     backend: str | None = None,
     kernel_options: Mapping[str, Any] | None = None,
@@ -95,6 +98,7 @@ def decode(
             `flex_attention`. Excludes mask_mod.
         scale: factor on Q K^T before score_mod; 1 / sqrt(D) by default.
         return_aux: also return the auxiliary outputs that it names.
+        sinks: float (Hq,), a logit for every query head, as for `flex_attention`.
         layout: of query and output, "BHLD" or "BLHD"; a KVCache has the same one.
         backend: as for `flex_attention`.
         kernel_options: as for `flex_attention`.
@@ -128,9 +132,12 @@ def decode(
     problem = dataclasses.replace(problem, scale=static_scale)
     problem, operands = _with_mods(problem, operands, score_mod, mask_mod, block_mask)
     result = attend_sharded(problem, select(problem, backend), operands)
+    out = result.out
+    if sinks is not None:
+        out = _with_sinks(out, result.lse, _sinks(sinks, problem.q_heads), layout)
     if return_aux is None:
-        return result.out
-    return result.out, AuxOutput(result.lse if return_aux.lse else None, result.max_scores)
+        return out
+    return out, AuxOutput(result.lse if return_aux.lse else None, result.max_scores)
 
 
 def _nothing(query: Any, cache: Any, token: int, return_aux: AuxRequest | None) -> Any:

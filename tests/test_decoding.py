@@ -65,14 +65,15 @@ def test_decoding_gives_what_training_saw():
     batch, heads, length, dim = 2, 2, 12, 8
     q, k, v = (random(batch, heads, length, dim, seed=i) for i in range(3))
     score, mask = scores.alibi(heads), masks.sliding_window(5)
-    whole = flex_attention(q, k, v, score, mask_mod=mask)
+    sinks = jnp.asarray([0.5, -1.0])
+    whole = flex_attention(q, k, v, score, mask_mod=mask, sinks=sinks)
 
     @jax.jit
     def generate(cache):
         def step(cache, qkv):
             query, key, value = (x[:, :, None] for x in qkv)
             cache = cache.append(key, value)
-            return cache, decode(query, cache, score, mask)[:, :, 0]
+            return cache, decode(query, cache, score, mask, sinks=sinks)[:, :, 0]
 
         return jax.lax.scan(step, cache, tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v)))
 
