@@ -24,13 +24,15 @@ KEYS = (
     "variant",
     *("B", "Hq", "Hkv", "L", "S", "D", "Dv"),
     "window",  # of sliding_window
+    "lengths",  # of a cache's sequences, where they do not fill it
     "page",
     "dtype",
     "layout",
     "ms",  # median over the rounds
     "spread",  # (slowest - fastest) / median of the rounds
     "tflops",  # from the blocks of 128 x 128 that the variant needs, whatever the peer visits
-    "tbs",
+    "tbs",  # of the keys and values that a decoding step needs; of a copy, read and written
+    "of_copy",  # that, as a share of a copy in the same turns
     "result_mb",  # of a block mask alone
     "peak_mb",
     "compile_s",

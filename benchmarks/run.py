@@ -25,6 +25,7 @@ COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
+    "decode": ("benchmarks.decode", "one step of decoding, beside the bandwidth of memory"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }

@@ -9,6 +9,8 @@ from flexjax.backends.registry import FallbackWarning as FallbackWarning
 from flexjax.block_creation import create_block_mask as create_block_mask
 from flexjax.block_creation import create_mask as create_mask
 from flexjax.block_mask import BlockMask as BlockMask
+from flexjax.decoding import decode as decode
+from flexjax.kv_cache import KVCache as KVCache
 from flexjax.masks import and_masks as and_masks
 from flexjax.masks import noop_mask as noop_mask
 from flexjax.masks import not_mask as not_mask

@@ -436,9 +436,12 @@ def _fold(
     def fold(x: Any, d: int) -> Any:
         return _fold_axis(x, None if d < 0 else d, size)
 
-    own_keys = mapped(axes.key, axes.value) or problem.kv_batch > 1 or not shared
-    key, value = operands.key, operands.value
-    if own_keys:
+    key, value, page_table = operands.key, operands.value, operands.page_table
+    paged = page_table is not None
+    own_keys = paged or mapped(axes.key, axes.value) or problem.kv_batch > 1 or not shared
+    if paged:
+        key, value, page_table = _fold_pages(size, operands, axes)
+    elif own_keys:
         key, value = fold(key, axes.key), fold(value, axes.value)
     lists, blocks = operands.lists, problem.blocks
     if blocks is not None and (mapped(axes.lists) or blocks.batch > 1):
@@ -480,6 +483,24 @@ def _fold(
         lists,
         tuple(score_captures),
         tuple(mask_captures),
+        None if operands.lengths is None else fold(operands.lengths, axes.lengths),
+        page_table,
     )
     leaves, tree = jax.tree.flatten(folded)
     return Call(problem, call.choice, tree, call.constants), leaves
+
+
+def _fold_pages(size: int, operands: Operands, axes: Operands) -> tuple[Any, Any, Any]:
+    """Pools and page table of all lanes: pools that lanes have of their own are put behind one another."""
+    table = _front(operands.page_table, None if axes.page_table < 0 else axes.page_table, size)
+    key, value = operands.key, operands.value
+    if axes.key >= 0 or axes.value >= 0:
+        key, value = (
+            jnp.moveaxis(_front(x, None if d < 0 else d, size), 0, 1)
+            for x, d in ((key, axes.key), (value, axes.value))
+        )
+        pages = key.shape[2]
+        lane = jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        table = jnp.clip(table, 0, pages - 1) + lane * pages
+        key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))
+    return key, value, table.reshape(-1, table.shape[-1])

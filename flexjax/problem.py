@@ -41,6 +41,23 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What makes an attention a decoding step: `Operands.lengths` says how many keys of every row count.
+
+    `Problem.mask` then always knows these lengths, and hides queries that lie before the first key as well;
+    listed blocks are all partial ones, and every block is asked about without lists.
+
+    Attributes:
+        bare: whether the mask hides nothing else.
+        page_size: tokens of a page; None where keys and values are in one piece. Otherwise `Operands.key` and
+            `value` are pools (Hkv, pages, page_size, D or Dv) that `Operands.page_table` points into.
+    """
+
+    bare: bool
+    page_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """One attention: shapes, dtypes, mods. Hashable and compared by structure, as kernels' cache key.
 
@@ -59,6 +76,7 @@ class Problem:
         precision: of float32 matrix products, a name of `jax.lax.Precision`.
         max_scores: whether the row maxima are wanted.
         options: kernel options as sorted (name, value) pairs.
+        decoding: how a decoding step reads its cache; None for any other attention.
     """
 
     batch: int
@@ -80,6 +98,7 @@ class Problem:
     precision: str | None = None
     max_scores: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    decoding: Decoding | None = None
 
     @property
     def group(self) -> int:
@@ -147,7 +166,10 @@ class BlockLists:
 
 @functools.partial(
     _register,
-    data_fields=("query", "key", "value", "lists", "score_captures", "mask_captures"),
+    data_fields=(
+        *("query", "key", "value", "lists", "score_captures", "mask_captures"),
+        *("lengths", "page_table"),
+    ),
 )
 @dataclasses.dataclass(frozen=True)
 class Operands:
@@ -157,6 +179,9 @@ class Operands:
         query, key, value: in the problem's layout.
         lists: the block lists, or None.
         score_captures, mask_captures: what the mods read, in their graphs' order.
+        lengths: int32 (B,), of a decoding step: keys from there on do not count, whatever they are.
+        page_table: int32 (B, pages a row), of a paged one: the page of every `page_size` keys. Entries past the
+            length may be anything.
     """
 
     query: Any
@@ -165,6 +190,8 @@ class Operands:
     lists: BlockLists | None = None
     score_captures: tuple[Any, ...] = ()
     mask_captures: tuple[Any, ...] = ()
+    lengths: Any = None
+    page_table: Any = None
 
 
 @functools.partial(_register, data_fields=("out", "lse", "max_scores"))

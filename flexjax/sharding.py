@@ -30,6 +30,11 @@ def attend_sharded(problem: Problem, choice: Choice, operands: Operands) -> Resu
     rows, heads = _split(operands.query, "query", problem.layout)
     if not rows and not heads:
         return attend(problem, choice, operands)
+    if operands.page_table is not None:
+        raise ValueError(
+            f"The query is sharded as {_spec(operands.query)}, but a paged cache is split over a mesh by hand. "
+            "Call flexjax.decode inside jax.shard_map, with the pools' heads and the table's rows of the shard."
+        )
     for name, x in (("key", operands.key), ("value", operands.value)):
         wanted = (rows if problem.kv_batch > 1 else (), heads)
         if _split(x, name, problem.layout) != wanted:
@@ -150,4 +155,7 @@ def _operand_specs(problem: Problem, operands: Operands, rows: Axes, heads: Axes
         by_head = heads if problem.blocks.heads > 1 else ()
         split = PartitionSpec(by_row or None, by_head or None)
         lists = jax.tree.map(lambda _: split, operands.lists)
-    return dataclasses.replace(replicated, query=of(rows, heads), key=keys, value=keys, lists=lists)
+    lengths = None if operands.lengths is None else PartitionSpec(rows or None)
+    return dataclasses.replace(
+        replicated, query=of(rows, heads), key=keys, value=keys, lists=lists, lengths=lengths
+    )

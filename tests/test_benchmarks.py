@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    decode_steps,
     mask,
     peers,
     plots,
@@ -26,6 +27,7 @@ from benchmarks import (
     targets,
     tune,
 )
+from benchmarks.decode_steps import DecodeStep
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
 from benchmarks.timing import Plan, interleaved
@@ -569,3 +571,31 @@ def test_mask_suite_gives_no_time_to_a_wrong_mask(monkeypatch, tmp_path):
     for row in records.read([file]):
         assert "ms" not in row
         assert "wrong result" in row["failure"]
+
+
+# -- decode -----------------------------------------------------------------------------------------
+
+
+def test_decode_steps_count_the_bytes_that_some_query_sees():
+    step = DecodeStep("causal", 32, 8, 4096, (4096, 100))
+    assert step.bytes == 4 * 8 * 128 * 4196
+    window = dataclasses.replace(step, variant="sliding_window", q_len=4)
+    assert window.bytes == 4 * 8 * 128 * (1027 + 100)
+
+
+def test_decode_suite(tmp_path, monkeypatch):
+    """Rows of a group and of its copy; a step that is computed wrongly gets no time."""
+    right = decode_steps.error
+
+    def error(step, result):
+        return right(step, result) if step.variant == "noop" else right(step, 1.1 * result)
+
+    monkeypatch.setattr(decode_steps, "error", error)
+    arguments = ["decode", "--quick", "--groups", "window", "--out", str(tmp_path)]
+    assert run.main(arguments) == 1
+    copy, noop, window = records.read(list(tmp_path.iterdir()))
+    assert (copy["peer"], noop["variant"], window["variant"]) == ("copy", "noop", "sliding_window")
+    assert noop["error"] < 8e-3
+    assert noop["of_copy"] > 0
+    assert "wrong result" in window["failure"]
+    assert "ms" not in window

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexjax.backends.contiguous import contiguous, with_decoding
 from flexjax.backends.reference import ScoreFn, dense_attention
 from flexjax.block_lists import blocks_from_lists
 from flexjax.mods.evaluate import evaluate
@@ -24,6 +25,7 @@ def check(problem: Problem) -> None:
 
 def forward(problem: Problem, operands: Operands) -> Result:
     """Output, logsumexp and row maxima, from the whole score matrix."""
+    problem, operands = contiguous(problem, operands)
 
     def score(s: Any) -> Any:
         assert problem.score is not None, "only called with a score_mod"
@@ -33,6 +35,7 @@ def forward(problem: Problem, operands: Operands) -> Result:
     return _attend(problem, operands, None if problem.score is None else score)
 
 
+@with_decoding
 def backward(
     problem: Problem, operands: Operands, result: Result, d_out: Any, d_lse: Any
 ) -> Gradients:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax import _compat
+from flexjax.backends.contiguous import contiguous, with_decoding
 from flexjax.backends.xla_tiles import Block, Plan, Tile
 from flexjax.mods.pullback import zero_totals
 from flexjax.problem import Gradients, Operands, Problem, Result, heads_first
@@ -34,9 +35,11 @@ def check(problem: Problem) -> None:
 
 def forward(problem: Problem, operands: Operands, *, differentiable: bool = False) -> Result:
     """Attention output, logsumexp and, if wanted, row maxima."""
+    problem, operands = contiguous(problem, operands)
     return _forward(problem, operands, _lanes(problem), differentiable)
 
 
+@with_decoding
 def backward(
     problem: Problem,
     operands: Operands,

@@ -63,6 +63,7 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
         ),
         "bias": lambda: (bias, None),
         "vectors": lambda: (vectors, causal),
+        "window": lambda: (None, masks.sliding_window(1024)),
     }[name]()
 
 
@@ -113,12 +114,74 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
+# And for decoding steps, of positions in a sequence: (variant, sizes of query and cache).
+DECODE_VARIANTS: dict[str, tuple[str, dict]] = {
+    f"decode_{name}": (variant, options)
+    for name, (variant, options) in {
+        "noop_d128": ("noop", {"dim": 128}),
+        "alibi_d128_4_queries": ("alibi", {"dim": 128, "q_len": 4}),
+        "soft_cap_d64_float16_page_16": ("soft_cap", {"dim": 64, "dtype": "float16", "page": 16}),
+        "window_d256": ("window", {"dim": 256}),
+    }.items()
+}
+
+
+def _decode(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A decoding step and the types of its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from flexjax import KVCache, decode
+    from tests.mosaic_gpu.paged import Paged
+
+    variant, options = DECODE_VARIANTS[name]
+    batch, heads, kv_heads, capacity = 4, 8, 2, 4096
+    dim, page = options["dim"], options.get("page")
+    score_mod, mask_mod = _mods(variant, capacity, heads)
+
+    def array(*shape: int, dtype: str = options.get("dtype", "bfloat16")) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    query, lengths = array(batch, heads, options.get("q_len", 1), dim), array(batch, dtype="int32")
+    key = array(batch, kv_heads, capacity, dim)
+    cache: Any = KVCache(key, key, lengths)
+    if page is not None:
+        rows = capacity // page
+        pool = array(kv_heads, batch * rows, page, dim)
+        cache = Paged(pool, pool, array(batch, rows, dtype="int32"), lengths)
+    return lambda q, c: decode(q, c, score_mod, mask_mod, backend="mosaic_gpu"), (query, cache)
+
+
 def compile_variant(name: str, dump: Path) -> dict[str, Any]:
     """Compiles one variant; registers, spilled bytes and matrix instructions of the machine code."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
+
+    function, args = (_decode if name in DECODE_VARIANTS else _attention)(name)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), args)
+    for old in dump.iterdir():
+        old.unlink()
+    jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    report = "\n".join(p.read_text() for p in dump.glob("*.ptxas"))
+    code = "\n".join(p.read_text() for p in dump.glob("*.ptx"))
+    return {
+        "name": name,
+        "registers": [int(n) for n in re.findall(r"Used (\d+) registers", report)],
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
+        "serialized": re.findall(r"[^\n]*C75\d\d[^\n]*", report),
+        "matrix_instructions": len(re.findall(r"wgmma\.mma_async", code)),
+    }
+
+
+def _attention(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """A kernel of flex_attention and the types of its arguments."""
+    import jax
+    import jax.numpy as jnp
 
     from flexjax import create_block_mask
     from flexjax.backends import mosaic_gpu
@@ -148,30 +211,13 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
         options=options.get("kernel_options"),
     )
     mosaic_gpu.check(problem)
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
-    )
-    device = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     args: tuple[Any, ...] = (operands,)
     if backward:
         out = jax.ShapeDtypeStruct(problem.output_shape(), query.dtype)
         lse = jax.ShapeDtypeStruct(problem.stats_shape(), jnp.float32)
         args = operands, Result(out, lse), out, lse
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), args)
-    for old in dump.iterdir():
-        old.unlink()
     function = mosaic_gpu.backward if backward else mosaic_gpu.forward
-    run = jax.jit(lambda *args: function(problem, *args))
-    run.trace(*args).lower(lowering_platforms=("cuda",)).compile()
-    report = "\n".join(p.read_text() for p in dump.glob("*.ptxas"))
-    code = "\n".join(p.read_text() for p in dump.glob("*.ptx"))
-    return {
-        "name": name,
-        "registers": [int(n) for n in re.findall(r"Used (\d+) registers", report)],
-        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
-        "serialized": re.findall(r"[^\n]*C75\d\d[^\n]*", report),
-        "matrix_instructions": len(re.findall(r"wgmma\.mma_async", code)),
-    }
+    return lambda *args: function(problem, *args), args
 
 
 def main(names: list[str]) -> None:
@@ -189,4 +235,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [*VARIANTS, *BACKWARD_VARIANTS])
+    main(sys.argv[1:] or [*VARIANTS, *BACKWARD_VARIANTS, *DECODE_VARIANTS])

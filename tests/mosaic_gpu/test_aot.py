@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mosaic_gpu.aot import BACKWARD_VARIANTS, REQUIREMENTS, VARIANTS
+from tests.mosaic_gpu.aot import BACKWARD_VARIANTS, DECODE_VARIANTS, REQUIREMENTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +39,9 @@ SPILL_BUDGETS = {
     "soft_cap_d256": 2000,
     "deterministic_causal_d256": 2000,
 }
+
+# An accumulator of 128 numbers a thread; the step waits for memory much longer than for these.
+DECODE_SPILL_BUDGETS = {"decode_window_d256": 96}
 
 
 def _python() -> str | None:
@@ -77,6 +80,19 @@ def test_machine_code(name):
     assert result["matrix_instructions"] > 0
     assert result["serialized"] == []
     assert result["spilled"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("decode")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
+def test_machine_code_of_decoding(name):
+    """As of the forward pass, in the kernel and in the one that adds up its parts."""
+    result = _compiled(*DECODE_VARIANTS)[name]
+    assert len(result["registers"]) == 2
+    assert result["matrix_instructions"] > 0
+    assert result["serialized"] == []
+    assert result["spilled"] <= DECODE_SPILL_BUDGETS.get(name, 0)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flexjax import flex_attention, masks
+from flexjax import KVCache, decode, flex_attention, masks
+from tests.mosaic_gpu.paged import Paged
 from tests.transforms.reference import FLOATS, assert_close, dense, flex, operands, scalar
 
 P = PartitionSpec
@@ -144,3 +145,23 @@ def test_replicated_keys_are_refused(mesh):
     key, value = (jax.device_put(x, NamedSharding(mesh, P())) for x in (key, value))
     with pytest.raises(ValueError, match="reshard"):
         flex_attention(query, key, value)
+
+
+def test_decoding(mesh):
+    """A cache in one piece is split over batch and heads; pages are split by hand."""
+    query = jax.random.normal(jax.random.key(0), (2, 4, 1, 8))
+    key = jax.random.normal(jax.random.key(1), (2, 2, 16, 8))
+    lengths = jnp.asarray([16, 5], jnp.int32)
+    step = jax.jit(lambda q, k, n: decode(q, KVCache(k, k, n)))
+    whole = [jax.device_put(x, NamedSharding(mesh, WHOLE)) for x in (query, key, lengths)]
+    split = [
+        jax.device_put(x, NamedSharding(mesh, s))
+        for x, s in ((query, SPLITS["both"]), (key, SPLITS["both"]), (lengths, P("data")))
+    ]
+    out = step(*split)
+    assert_close((out,), (step(*whole),))
+    assert out.sharding.is_equivalent_to(split[0].sharding, out.ndim)
+    pool = jnp.zeros((2, 4, 16, 8))
+    pages = Paged(pool, pool, jnp.zeros((2, 1), jnp.int32), lengths)
+    with pytest.raises(ValueError, match="split over a mesh by hand"):
+        decode(split[0], pages)

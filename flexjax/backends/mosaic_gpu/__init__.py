@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from flexjax.backends.mosaic_gpu import backward_config, capture_gradients, config
+from flexjax.backends.mosaic_gpu import backward_config, capture_gradients, config, decode_config
 from flexjax.mods.graph import Graph
 from flexjax.problem import Gradients, Operands, Problem, Result
 
 NAME = "mosaic_gpu"
-OPTIONS = config.OPTIONS | backward_config.OPTIONS
+OPTIONS = config.OPTIONS | backward_config.OPTIONS | decode_config.OPTIONS
 COMPUTE_CAPABILITY = "9.0"
 
 _DTYPES = ("bfloat16", "float16")
@@ -42,11 +42,16 @@ def check(problem: Problem) -> None:
         reason = None if graph is None else _unsupported(graph)
         if reason is not None:
             raise NotImplementedError(reason)
-    config.choose(problem)
+    if decode_config.applies(problem):
+        decode_config.choose(problem)
+    else:
+        config.choose(problem)
 
 
 def check_backward(problem: Problem) -> None:
     """Raises NotImplementedError, with the reason, for a problem whose gradients the kernels cannot compute."""
+    if problem.decoding is not None:
+        raise NotImplementedError("The kernels compute gradients of flex_attention, not of decode.")
     score = problem.score
     if score is not None:
         assert score.gradient is not None, (
@@ -68,7 +73,15 @@ def _unsupported(graph: Graph) -> str | None:
 
 def forward(problem: Problem, operands: Operands) -> Result:
     """Attention output, logsumexp and, if wanted, row maxima."""
+    if decode_config.applies(problem):
+        return _decode(problem, decode_config.choose(problem, _cores()), operands)
     return _forward(problem, config.choose(problem, _cores()), operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(problem: Problem, choices: decode_config.DecodeConfig, operands: Operands) -> Result:
+    kernel: Any = importlib.import_module("flexjax.backends.mosaic_gpu.decode_sm90")
+    return kernel.forward(problem, operands, choices)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

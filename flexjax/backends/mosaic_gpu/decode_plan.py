@@ -1,0 +1,190 @@
+"""Which steps a decoding kernel computes: the live tiles of keys, found on the device by a little XLA.
+
+A *list row* is a batch row or, where the live keys depend on the head, a row of tiles. Its tiles all visit the
+same steps; the steps of all tiles of all list rows, one after another, are dealt out to the CTAs in equal parts,
+so that neither a long sequence nor a short one leaves a part of the machine idle (stream-K, arXiv:2301.03598).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu.convexity import in_one_piece
+from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig, Rows
+from flexjax.block_lists import PARTIAL, cdiv, lists_from_states
+from flexjax.mods.regions import Bounds, Exact, Regions, bounds
+from flexjax.problem import Operands, Problem
+
+_FEW = 512  # list rows
+ALL, RANGE, LISTS = "all", "range", "lists"
+
+
+class Work(NamedTuple):
+    """The arrays of a plan.
+
+    Attributes:
+        starts: int32 [rows + 1], steps before those of each list row; the last is the number of all steps.
+        first: the first live tile of each list row, int32 [rows]; empty if it is 0.
+        lists: numbers of partial blocks [Bm, Hm], their indices [Bm, Hm, W], and the same of full blocks; empty
+            without lists.
+    """
+
+    starts: Any
+    first: tuple[Any, ...]
+    lists: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of a plan."""
+
+    problem: Problem
+    config: DecodeConfig
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.problem, self.config.packed)
+
+    @property
+    def kind(self) -> str:
+        """How live tiles are written down: all up to the length, a range, or lists."""
+        if self.problem.blocks is not None:
+            return LISTS
+        if self._own_mask is None:
+            return ALL
+        return RANGE if in_one_piece(self._own_mask) else LISTS
+
+    @property
+    def _own_mask(self) -> Any:
+        """The mask, where it and not given lists tells which blocks live."""
+        decoding = self.problem.decoding
+        return None if decoding is None or decoding.bare else self.problem.mask
+
+    @property
+    def by_head(self) -> bool:
+        """Whether every row of tiles is a list row of its own."""
+        if self.problem.blocks is not None:
+            return self.problem.blocks.heads > 1
+        return self._own_mask is not None and "h" in self._own_mask.depends
+
+    @property
+    def list_rows(self) -> int:
+        return self.problem.batch * (self.rows.heads if self.by_head else 1)
+
+    @property
+    def inner(self) -> int:
+        """Tiles of a list row."""
+        return self.rows.all_tiles // self.list_rows
+
+    @property
+    def kv_tiles(self) -> int:
+        return cdiv(self.problem.kv_len, self.config.kv_tile)
+
+    @property
+    def kv_block(self) -> int:
+        """Keys of a listed block."""
+        blocks = self.problem.blocks
+        return self.config.kv_tile if blocks is None else blocks.geometry.kv_block
+
+    @property
+    def kv_blocks(self) -> int:
+        return cdiv(self.problem.kv_len, self.kv_block)
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.kv_block // self.config.kv_tile
+
+    # -- on the device --------------------------------------------------------------------------
+
+    def work(self, operands: Operands) -> Work:
+        """Finds the live tiles."""
+        first, lists = (), ()
+        if self.kind == ALL:
+            tile = self.config.kv_tile
+            lengths = operands.lengths
+            if lengths is None:
+                lengths = jnp.full(self.problem.batch, self.problem.kv_len, jnp.int32)
+            lengths = jnp.clip(lengths, 0, self.problem.kv_len)
+            counts = (lengths + (tile - 1)) // tile
+        elif self.problem.blocks is not None:
+            counts, lists = self._given(operands)
+        else:
+            live = self._live(operands)
+            if self.kind == RANGE:
+                begin, end = _ends(live)
+                counts = jnp.maximum(end - begin, 0)
+                first = (jnp.broadcast_to(begin, self._counted).reshape(-1),)
+            else:
+                found = lists_from_states(live.astype(jnp.int8) * PARTIAL, (live.shape[-1], 1))
+                counts, lists = found.counts, found.arrays
+        counts = jnp.broadcast_to(counts, self._counted) if counts.ndim == 2 else counts
+        return Work(_starts(counts.reshape(-1) * self.inner), first, lists)
+
+    @property
+    def _counted(self) -> tuple[int, int]:
+        return self.problem.batch, self.list_rows // self.problem.batch
+
+    def _given(self, operands: Operands) -> tuple[Any, tuple[Any, ...]]:
+        """(steps of every list row, lists of the single row of blocks) of a block mask."""
+        x, blocks = operands.lists, self.problem.blocks
+        assert x is not None, "the static part comes with lists"
+        assert blocks is not None, "lists come with their static part"
+        counts = [c[..., 0] for c in (x.kv_num_blocks, x.full_kv_num_blocks)]
+        indices = [i[:, :, 0] for i in (x.kv_indices, x.full_kv_indices)]
+        # No count is trusted beyond the list.
+        counts = [jnp.clip(c, 0, i.shape[-1]) for c, i in zip(counts, indices, strict=True)]
+        steps = (counts[0] + counts[1]) * self.steps_per_block
+        steps = jnp.repeat(steps, self.problem.batch // blocks.batch, axis=0)
+        return steps, (counts[0], indices[0], counts[1], indices[1])
+
+    def _live(self, operands: Operands) -> Any:
+        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]."""
+        problem, tile, mask = self.problem, self.config.kv_tile, self._own_mask
+        batch = problem.batch if "b" in mask.depends else 1
+        heads = problem.q_heads if "h" in mask.depends else 1
+
+        def along(axis: int, n: int) -> Any:
+            return jnp.arange(n, dtype=jnp.int32).reshape([n if i == axis else 1 for i in range(4)])
+
+        kv = along(3, self.kv_tiles) * tile
+        q = along(2, 1)
+        inputs = {
+            "b": Exact(along(0, batch)),
+            "h": Exact(along(1, heads)),
+            "q": Bounds(q, q + (problem.q_len - 1)),
+            "kv": Bounds(kv, jnp.minimum(kv + (tile - 1), problem.kv_len - 1)),
+        }
+        blocks = {"q": (problem.q_len, problem.q_len, 2), "kv": (problem.kv_len, tile, 3)}
+        _, possible = bounds(mask, operands.mask_captures, Regions(inputs, blocks), jnp)
+        possible = jnp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
+        live = possible.reshape(
+            batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles
+        )
+        return live.any(2)
+
+
+def _ends(live: Any) -> tuple[Any, Any]:
+    """First live tile and the one behind the last, along the last axis, in one reduction: one small kernel."""
+    tiles = live.shape[-1]
+    tile = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), live.shape)
+    begin, end = lax.reduce(
+        (jnp.where(live, tile, tiles), jnp.where(live, tile + 1, 0)),
+        (jnp.int32(tiles), jnp.int32(0)),
+        lambda x, y: (jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])),
+        (live.ndim - 1,),
+    )
+    return begin, end
+
+
+def _starts(counts: Any) -> Any:
+    """0 and the running sums of counts."""
+    n = counts.shape[0]
+    if n > _FEW:
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    # One small kernel, where a cumulative sum would be several.
+    before = jnp.arange(n)[None] < jnp.arange(n + 1)[:, None]
+    return jnp.where(before, counts[None], 0).sum(1, dtype=jnp.int32)

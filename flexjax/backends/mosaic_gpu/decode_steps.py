@@ -1,0 +1,147 @@
+"""Where the steps of a decoding kernel lie: from a step's number to its tile and its keys, inside the kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import Inputs, Kernel
+from flexjax.backends.mosaic_gpu.decode_plan import ALL, LISTS, RANGE, Plan
+
+
+class Place(NamedTuple):
+    """Where a step lies: its list row, the first step of that, and the steps of each of its tiles."""
+
+    row: Any
+    begin: Any
+    count: Any
+
+
+class Step(NamedTuple):
+    """One step.
+
+    Attributes:
+        tile: number of the tile.
+        b: batch row.
+        head: row of tiles of the batch row.
+        part: tile in the row of tiles.
+        number: of the step in its tile.
+        last: whether it is the last one of its tile.
+        first_key: first of its keys.
+        masked: whether the mask counts.
+        pages: of a paged cache, the rows of the pool that its keys begin at, one a copy. They are looked up when
+            the step is located, long before its stage is free.
+    """
+
+    tile: Any
+    b: Any
+    head: Any
+    part: Any
+    number: Any
+    last: Any
+    first_key: Any
+    masked: Any
+    pages: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """All steps of a plan, as one CTA sees them."""
+
+    kernel: Kernel
+    inputs: Inputs
+
+    @property
+    def plan(self) -> Plan:
+        return self.kernel.plan
+
+    def located(self, x: Any, place: Place) -> Place:
+        """The place of step x, which is `place` or behind it."""
+        starts, plan = self.inputs.work.starts, self.plan
+        count = plan.list_rows
+        beyond = x >= place.begin + place.count * plan.inner
+        rounds = jnp.where(beyond, math.ceil(math.log2(count + 1)), 0)
+
+        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+            low, high = bounds
+            middle = lax.div(low + high, jnp.int32(2))
+            before = starts[middle] <= x
+            return jnp.where(before, middle, low), jnp.where(before, high, middle)
+
+        row, _ = lax.fori_loop(0, rounds, halve, (place.row, jnp.int32(count)))
+        begin = starts[row]
+        return Place(row, begin, lax.div(starts[row + 1] - begin, jnp.int32(plan.inner)))
+
+    def step_at(self, x: Any, place: Place) -> Step:
+        """The step, from its place; any step of the plan for a number behind the last one."""
+        plan, row = self.plan, self.plan.rows
+        count = jnp.maximum(place.count, 1)
+        inside = x - place.begin
+        number = lax.rem(inside, count)
+        tile = place.row * plan.inner + lax.div(inside, count)
+        tile = jnp.minimum(
+            tile, row.all_tiles - 1
+        )  # steps behind the last one are located, not computed
+        head, part = lax.div(tile, jnp.int32(row.tiles)), lax.rem(tile, jnp.int32(row.tiles))
+        b, head = lax.div(head, jnp.int32(row.heads)), lax.rem(head, jnp.int32(row.heads))
+        first_key, masked = self._first_key(place.row, b, head, number)
+        pages = self._pages(b, self.inside(first_key))
+        return Step(tile, b, head, part, number, number == count - 1, first_key, masked, pages)
+
+    def _first_key(self, list_row: Any, b: Any, head: Any, number: Any) -> tuple[Any, Any]:
+        """(first key of a step, whether the mask counts there)."""
+        plan, work = self.plan, self.inputs.work
+        kv_tile, always = plan.config.kv_tile, jnp.int32(0) == 0
+        if plan.kind == ALL:
+            return number * kv_tile, always
+        if plan.kind == RANGE:
+            return (work.first[0][list_row] + number) * kv_tile, always
+        assert plan.kind == LISTS
+        partial_counts, partial_indices, _, full_indices = work.lists
+        lists_batch, lists_heads = partial_counts.shape
+        bm = lax.div(b, jnp.int32(plan.problem.batch // lists_batch))
+        where = (bm, head if lists_heads > 1 else 0)
+        per_block = jnp.int32(plan.steps_per_block)
+        i, part = lax.div(number, per_block), lax.rem(number, per_block)
+        partial = partial_counts[where]
+
+        def entry(indices: Any, i: Any) -> Any:
+            return indices[(*where, jnp.clip(i, 0, indices.shape[-1] - 1))]
+
+        masked = i < partial
+        block = lax.select(masked, entry(partial_indices, i), entry(full_indices, i - partial))
+        block = jnp.clip(block, 0, plan.kv_blocks - 1)  # no entry is trusted beyond the mask
+        return block * plan.kv_block + part * kv_tile, masked
+
+    def inside(self, first_key: Any) -> Any:
+        """Moves a step that lies wholly beyond the last key, where nothing counts, back onto keys."""
+        plan = self.plan
+        if plan.kv_blocks * plan.kv_block == plan.kv_tiles * plan.config.kv_tile:
+            return first_key
+        return jnp.minimum(first_key, (plan.kv_tiles - 1) * plan.config.kv_tile)
+
+    def length(self, b: Any) -> Any:
+        """Where the keys of a batch row end."""
+        kv_len = self.plan.problem.kv_len
+        return jnp.minimum(self.inputs.lengths[0][b], kv_len) if self.inputs.lengths else kv_len
+
+    def _pages(self, b: Any, first_key: Any) -> tuple[Any, ...]:
+        """See `Step.pages`."""
+        if not self.inputs.page_table:
+            return ()
+        decoding, pieces = self.plan.problem.decoding, self.kernel.pieces
+        assert decoding is not None, "only decoding steps have tables"
+        assert decoding.page_size is not None, "tables come with pages"
+        page, (table,) = decoding.page_size, self.inputs.page_table
+        rows, pool = [], self.inputs.key.shape[1] // page
+        for i in range(pieces):
+            position = first_key + i * (self.plan.config.kv_tile // pieces)
+            entry = jnp.minimum(lax.div(position, jnp.int32(page)), table.shape[1] - 1)
+            # Past the length the table holds anything: some page is read, and masked.
+            number = jnp.clip(table[b, entry], 0, pool - 1)
+            rows.append(number * page + (lax.rem(position, jnp.int32(page)) if pieces == 1 else 0))
+        return tuple(rows)

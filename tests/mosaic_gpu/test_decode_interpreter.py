@@ -1,0 +1,62 @@
+"""The decoding kernel's numerics on the CPU, in Pallas' Mosaic GPU interpreter.
+
+The `interpret` option leaves out what the interpreter lacks: products with operands in registers, and stores of
+some rows of a tile. Everything else is the code that runs on the GPU. Three CTAs share the steps of all sequences,
+so that tiles are cut, and CTAs compute parts of several.
+"""
+
+import pytest
+
+from flexjax import masks, scores
+from flexjax.backends.mosaic_gpu.convexity import in_one_piece
+from flexjax.block_creation import create_block_mask
+from flexjax.mods.trace import index_ranges, trace_mask_mod
+from tests.mosaic_gpu.decoding import DecodeCase, cases, check
+
+causal = masks.causal()
+
+
+def by_head(b, h, q_idx, kv_idx):
+    """Live keys in two pieces."""
+    return (q_idx >= kv_idx) & ((kv_idx < 4) | (q_idx - kv_idx < 20 * (h + 1)))
+
+
+def listed(b, h, q_idx, kv_idx):
+    return (kv_idx < 60 + h) | (kv_idx >= 192)
+
+
+def listed_blocks():
+    return create_block_mask(listed, None, 2, 2, 256, (128, 64))
+
+
+@cases(
+    DecodeCase("ragged_paged_64_alibi", (130, 0, 3), 192, score=scores.alibi(4), heads=4, kv_heads=2, q_len=4,
+               dim=16, page=64, options={"kv_tile": 64}),
+    DecodeCase("two_pieces_by_head_paged_16", (190, 70), 192, mask=by_head, score=scores.soft_cap(5.0), page=16,
+               options={"kv_tile": 64, "stages": 2}),
+    DecodeCase("window_blhd_many_rows", (190,), mask=masks.sliding_window(60), heads=5, q_len=17, layout="BLHD",
+               dim=16, v_dim=32),
+    DecodeCase("listed_blocks_by_head", (230,), blocks=listed_blocks, listed=listed, q_len=2, dim=16),
+)  # fmt: skip
+def test_decode(case):
+    check(case, "mosaic_gpu", interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "one_piece"),
+    [
+        (causal, True),
+        (masks.sliding_window(100), True),
+        (masks.sliding_window(100, 20), True),
+        (masks.chunked(64), True),
+        (lambda b, h, q, k: abs(q - k) < 10 * h, True),
+        (by_head, False),
+        (masks.prefix_lm(10), False),
+        (masks.dilated_window(4, 2), False),
+        (lambda b, h, q, k: k % 2 == 0, False),
+    ],
+)
+def test_live_keys_in_one_piece(mask, one_piece):
+    """Masks that leave an interval of keys get by with its two ends."""
+    graph, _ = trace_mask_mod(mask, index_ranges(1, 2, 1000, 1000))
+    assert in_one_piece(graph) == one_piece
