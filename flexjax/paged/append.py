@@ -130,7 +130,7 @@ def write(
     names = ("key_pages", "value_pages", "key_min", "key_max")
     if layer is None:
         return written
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in names:
         parts = getattr(cache, name)
         if parts is not None:
@@ -181,7 +181,7 @@ def _extend(
     table = rows.read(cache.page_table)
     reached = jnp.take_along_axis(table, jnp.minimum(place, cache.max_pages - 1), 1)
     reached = jnp.where(place < -(-after // page)[:, None], reached, _NOWHERE)
-    # The tokens to come do not fill the last of them, and kernels multiply what lies behind with probabilities of 0.
+    # The tokens to come do not fill the last of them: kernels multiply what lies behind with weights of 0.
     last = (place == after[:, None] // page) & (after % page > 0)[:, None]
     blank = jnp.where(last, reached, _NOWHERE).min(1)
     if most == 1:  # a page is either reached or copied, and one pass does both

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from flexjax.block_arguments import positive
 from flexjax.mods.ops import is_float
 from flexjax.paged.errors import PageError, sentences
+from flexjax.paged.gather import gather
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -244,18 +245,8 @@ class PagedCache:
             raise ValueError(
                 f"max_length is {length}, but a sequence of this cache has at most {self.capacity} tokens."
             )
-        table = self.page_table[:, : -(-length // self.page_size)]
-        inside = jnp.arange(length, dtype=jnp.int32)[None, :] < self.lengths[:, None]
-
-        def gathered(pool: Array) -> Array:
-            pages = pool.at[:, table].get(mode="clip")  # Hkv, B, max_pages, page, D
-            rows = pages.reshape(*pages.shape[:2], -1, pages.shape[-1]).swapaxes(0, 1)
-            return jnp.where(
-                inside[:, None, :, None], rows[:, :, :length], jnp.zeros((), pool.dtype)
-            )
-
-        keys, values = self.pools()
-        return gathered(keys), gathered(values)
+        self.pools()
+        return gather(self, length)
 
     # -- refusals -------------------------------------------------------------------------------
 
