@@ -1,0 +1,156 @@
+"""Pages chosen by bounds: the bounds hold, the choice is the best, and both ways to attend to it agree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexjax import flex_attention, masks, paged, scores
+from flexjax.paged import PagedCache
+from flexjax.testing import assert_close, oracle
+from tests.paged.sequences import LENGTHS, expected, filled, queries
+
+B, H, HKV, PAGE, COUNT = len(LENGTHS), 4, 2, 16, 7
+MODS = {
+    "none": (None, None),
+    "alibi": (scores.alibi(H), masks.causal()),
+    "heads": (None, lambda b, h, q, kv: (q >= kv) & ((h < 2) | (kv < 32) | (kv > q - 20))),
+}
+
+
+@functools.cache
+def chosen(name, length, top_k, margin):
+    """(query, cache, selection, output by table, logsumexp, output by block mask)."""
+    cache, _, _ = filled(bounds=True)
+    query = queries(B, length, seed=3) * 3
+    score_mod, mask_mod = MODS[name]
+
+    @jax.jit
+    def run(query, cache):
+        options = {"margin": margin, "first": 1, "recent": 1}
+        selection = paged.select_pages(query, cache, top_k, score_mod, mask_mod, **options)
+        by_table = paged.adaptive_attention(
+            query, cache, top_k, score_mod, mask_mod, return_lse=True, **options
+        )
+        blocks = paged.selected_block_mask(cache, selection, H, length, mask_mod)
+        offset = cache.lengths - jnp.minimum(length, cache.lengths)
+
+        def score(s, b, h, q, kv):
+            return score_mod(s, b, h, q + offset[b], kv)
+
+        by_blocks = flex_attention(query, *cache.contiguous(), score_mod and score, blocks)
+        return selection, *by_table, by_blocks
+
+    return query, cache, *run(query, cache)
+
+
+def modified(name, query, key, length):
+    """Scores (B, H, L, S) of the last positions, -inf where masked or past the end, by the oracle's formula."""
+    score_mod, mask_mod = MODS[name]
+    lengths = np.array(LENGTHS)
+    b, h, i, kv = np.ogrid[:B, :H, :length, : key.shape[2]]
+    counts = np.minimum(length, lengths)[b]
+    q = i + lengths[b] - counts
+    s = np.einsum("bhld,bhsd->bhls", query, np.repeat(key, H // HKV, 1)) / np.sqrt(key.shape[-1])
+    s = s if score_mod is None else np.asarray(score_mod(s, b, h, q, kv))
+    seen = (kv < lengths[b]) & (i < counts)
+    seen = seen if mask_mod is None else seen & mask_mod(b, h, q, kv)
+    return np.where(seen, s, -np.inf)
+
+
+def by_page(s):
+    pad = np.pad(
+        s, ((0, 0), (0, 0), (0, 0), (0, COUNT * PAGE - s.shape[-1])), constant_values=-np.inf
+    )
+    return pad.reshape(*s.shape[:3], COUNT, PAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "top_k"), [("none", 1, 2), ("alibi", 3, 1), ("heads", 1, 1)]
+)
+def test_choice(name, length, top_k):
+    query, _, selection, out, lse, by_blocks = chosen(name, length, top_k, None)
+    _, key, value = filled(bounds=True)
+    s = modified(name, query, key, length)
+    most = by_page(s).max(-1).reshape(B, HKV, -1, COUNT).max(2)
+    importance, picked = np.asarray(selection.importance), np.asarray(selection.chosen)
+    assert (importance >= most - 1e-5).all(), "not a bound"
+    assert (importance[most == -np.inf] == -np.inf).all(), "a page without visible keys has a bound"
+    for b, h in np.ndindex(B, HKV):
+        used = -(-LENGTHS[b] // PAGE)
+        recent = max(1, (length + PAGE - 2) // PAGE + 1)
+        kept = {c for c in range(used) if c < 1 or c >= used - recent}
+        others = [c for c in range(used) if c not in kept and importance[b, h, c] > -np.inf]
+        best = sorted(others, key=lambda c: -importance[b, h, c])[:top_k]
+        assert set(np.flatnonzero(picked[b, h])) == kept | set(best)
+        pages, n = np.asarray(selection.pages)[b, h], int(selection.counts[b, h])
+        assert set(pages[:n]) == kept | set(best)
+        if n:
+            assert pages[n - 1] == used - 1
+        assert (np.diff(importance[b, h, pages[: max(n - 1, 0)]]) <= 0).all()
+    weights = np.repeat(np.repeat(picked, H // HKV, 1), PAGE, 2)[..., : s.shape[-1]][:, :, None]
+    s = np.where(weights, s, -np.inf)
+    with np.errstate(divide="ignore"):
+        exact_lse = np.log(np.exp(s).sum(-1))
+    p = np.exp(s - np.where(np.isfinite(exact_lse), exact_lse, 0.0)[..., None])
+    exact = np.einsum("bhls,bhsd->bhld", p, np.repeat(value, H // HKV, 1))
+    assert_close("out", out, exact)
+    assert_close("lse", lse, exact_lse)
+    assert_close("out by blocks", by_blocks, exact)
+
+
+def test_all_pages_are_full_attention():
+    query, _, _, out, lse, by_blocks = chosen("alibi", 3, COUNT, None)
+    _, key, value = filled(bounds=True)
+    exact, exact_lse = expected(query, key, value, LENGTHS, np.minimum(3, LENGTHS), *MODS["alibi"])
+    assert_close("out", out, exact)
+    assert_close("lse", lse, exact_lse)
+    assert_close("out by blocks", by_blocks, exact)
+
+
+def test_what_a_margin_leaves_out_weighs_little():
+    margin = 1.0
+    query, _, selection, *_ = chosen("alibi", 3, COUNT, margin)
+    _, key, _ = filled(bounds=True)
+    s = modified("alibi", query, key, 3)
+    left = ~np.repeat(np.asarray(selection.chosen), H // HKV, 1)[:, :, None]
+    largest, lost = s.max(-1), np.where(left, by_page(s).max(-1), -np.inf).max(-1)
+    assert (lost <= largest - margin).all()
+    used = -(-np.array(LENGTHS) // PAGE)
+    assert int(selection.counts.sum()) < HKV * used.sum(), "nothing was left out"
+
+
+def test_few_pages_hold_most_of_a_peaked_attention():
+    """Keys drift slowly, as those of a text do, and queries look for some of them."""
+    rng = np.random.default_rng(0)
+    length, dim, page = 1024, 32, 16
+    drift = np.cumsum(rng.normal(size=(1, 2, length // 32, dim)), 2) / 2
+    key = (np.repeat(drift, 32, 2) + 0.5 * rng.normal(size=(1, 2, length, dim))).astype(np.float32)
+    value = rng.normal(size=(1, 2, length, dim)).astype(np.float32)
+    query = (2 * key[:, :, rng.integers(0, length)][:, :, None]).repeat(2, 1).astype(np.float32)
+    cache = PagedCache.create(1, 64, page, 2, dim, dtype="float32", bounds=True)
+
+    @jax.jit
+    def run(cache):
+        cache = paged.append(paged.allocate(cache, 0), key, value)
+        return paged.adaptive_attention(query, cache, 6), cache
+
+    out, cache = run(cache)
+    exact = np.asarray(oracle(query, key, value).out)
+    recent = np.asarray(oracle(query, key[:, :, -8 * page :], value[:, :, -8 * page :]).out)
+    error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
+    blind = np.linalg.norm(recent - exact) / np.linalg.norm(exact)
+    assert error < 0.05 < 0.5 < blind, (error, blind)
+
+
+def test_bounds_are_needed():
+    cache = PagedCache.create(1, 4, 16, 2, 8)
+    with pytest.raises(ValueError, match="bounds=True"):
+        paged.select_pages(queries(1, 1), cache, 1)
+    cache = PagedCache.create(1, 4, 16, 2, 8, bounds=True)
+    with pytest.raises(ValueError, match="recent at least 1"):
+        paged.select_pages(queries(1, 1), cache, 1, recent=0)
+    with pytest.raises(ValueError, match="multiple of its 2 key heads"):
+        paged.select_pages(queries(1, 1, heads=3), cache, 1)
