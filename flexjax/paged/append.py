@@ -37,8 +37,8 @@ def append(
         cache: the cache; donate it to the surrounding `jax.jit`.
         key: (n, Hkv, T, D), cast to the cache's dtype.
         value: (n, Hkv, T, Dv).
-        counts: how many of the T tokens each row gets, the first ones: a number or int (n,). By default all, in
-            rows that hold a sequence if `rows` is None.
+        counts: how many of the T tokens each row gets, the first ones: a number or int (n,); by default all. If
+            `rows` is None, a number is for those rows that hold a sequence.
         rows: as for `allocate`; by default n = B, all rows that hold a sequence.
         layout: "BHLD", or "BLHD" for (n, T, H, D).
 

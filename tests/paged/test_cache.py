@@ -61,7 +61,7 @@ def test_refusals_on_the_host_are_sentences_and_change_nothing():
             lambda: paged.append(cache, *tokens(1, 45), rows=0),
             "64 tokens .4 pages of 16.*larger max_length",
         ),
-        (lambda: paged.append(cache, *tokens(3, 20), counts=20), "holds no sequence"),
+        (lambda: paged.append(cache, *tokens(3, 20), counts=[20, 0, 20]), "holds no sequence"),
         (lambda: paged.append(cache, *tokens(3, 20), counts=[21, 0, 0]), "exceeds the tokens"),
         (lambda: paged.append(cache, *tokens(3, 20), counts=[-1, 0, 0]), "is negative"),
         (lambda: paged.allocate(cache, 1), "still holds a sequence"),
