@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from flexjax.block_arguments import positive
@@ -80,7 +81,7 @@ def extend(
     """
     chosen = rows_argument("extend()", cache, rows)
     given = counts_argument("extend()", "counts", counts, chosen.index.shape[0])
-    if rows is None and jnp.ndim(counts) == 0:
+    if rows is None and np.ndim(counts) == 0:
         given = jnp.where(cache.active, given, 0)
     most = cache.capacity if most is None else positive(most, "most")
     # Rows that get nothing need not hold a sequence.
