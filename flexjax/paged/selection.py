@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from flexjax.block_arguments import positive
-from flexjax.block_creation import create_block_mask
+from flexjax.block_lists import EMPTY, Geometry
 from flexjax.block_mask import BlockMask
 from flexjax.block_selection import selected_blocks
-from flexjax.paged.attention import attend, depends_on_head, shifted_mods
+from flexjax.block_states import block_states
+from flexjax.mods.trace import index_ranges, trace_mask_mod
+from flexjax.paged.attention import attend, shifted_mods
 from flexjax.paged.cache import PagedCache
 
 Mod = Callable[..., Any]
@@ -105,11 +107,10 @@ def select_pages(
     if score is not None:
         ends = jnp.arange(count, dtype=jnp.int32) * page, cache.lengths
         low, high = _modified(score, low, high, ends, page)
-    mask_heads = heads if depends_on_head(mask, batch, heads, length, cache.capacity) else None
-    blocks = create_block_mask(
-        mask, batch, mask_heads, length, cache.capacity, (1, page), compute_q_blocks=False
-    )
-    seen = jnp.broadcast_to(blocks.to_dense() > 0, high.shape) & ~jnp.isnan(high)
+    graph, captures = trace_mask_mod(mask, index_ranges(batch, heads, length, cache.capacity))
+    geometry = Geometry(length, cache.capacity, 1, page)
+    states = block_states(graph, captures, geometry, batch, heads)
+    seen = jnp.broadcast_to(states != EMPTY, high.shape) & ~jnp.isnan(high)
     high = jnp.where(seen, high, -jnp.inf)
     wanted = seen
     if margin is not None:

@@ -14,34 +14,19 @@ LENGTHS = (37, 64, 1, 0, 90)
 
 
 @functools.cache
-def filled(
-    lengths=LENGTHS, *, heads=2, dim=8, value_dim=12, page=16, max_length=112, seed=0, **options
-):
-    """A cache with one row a length, appended to in alternating chunks, so that pages are interleaved."""
-    rng = np.random.default_rng(seed)
-    batch = len(lengths)
+def filled():
+    """(cache, keys, values): one row a length, appended to in turns, so that pages are interleaved."""
+    rng, batch, longest, chunk = np.random.default_rng(0), len(LENGTHS), max(LENGTHS), 30
     cache = PagedCache.create(
-        batch,
-        40,
-        page,
-        heads,
-        dim,
-        max_length=max_length,
-        value_dim=value_dim,
-        dtype="float32",
-        **options,
+        batch, 40, 16, 2, 8, max_length=112, value_dim=12, dtype="float32", bounds=True
     )
-    cache = paged.allocate(cache, np.arange(batch))
-    key = rng.normal(size=(batch, heads, max(lengths), dim)).astype(np.float32)
-    value = rng.normal(size=(batch, heads, max(lengths), value_dim)).astype(np.float32)
+    key = rng.normal(size=(batch, 2, longest, 8)).astype(np.float32)
+    value = rng.normal(size=(batch, 2, longest, 12)).astype(np.float32)
     step = jax.jit(paged.append)
-    for start in range(0, max(lengths), 30):
-        counts = np.clip(np.array(lengths) - start, 0, 30).astype(np.int32)
-        chunk = [
-            np.pad(x[:, :, start : start + 30], ((0, 0), (0, 0), (0, 30), (0, 0)))[:, :, :30]
-            for x in (key, value)
-        ]
-        cache = step(cache, *map(jnp.asarray, chunk), counts)
+    cache = paged.allocate(cache, np.arange(batch))
+    for start in range(0, longest, chunk):
+        counts = np.clip(np.array(LENGTHS) - start, 0, chunk).astype(np.int32)
+        cache = step(cache, *(x[:, :, start : start + chunk] for x in (key, value)), counts)
     return cache.check(), key, value
 
 

@@ -24,7 +24,6 @@ MODS = {
 @pytest.mark.parametrize(
     ("name", "length", "counts"),
     [
-        ("none", 1, None),
         ("alibi", 40, (37, 20, 0, 0, 40)),
         ("window", 30, None),
         ("heads", 1, None),
@@ -41,7 +40,7 @@ def test_prefill(name, length, counts):
     assert_close("lse", lse, exact_lse)
 
 
-@pytest.mark.parametrize("name", ["none", "window", "heads"])
+@pytest.mark.parametrize("name", ["none", "heads"])
 def test_physical_positions(name):
     """PyTorch's conversions, over the whole pool."""
     score_mod, mask_mod = MODS[name]

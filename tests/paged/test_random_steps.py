@@ -51,7 +51,7 @@ def test_random_steps():
     )
     host, dense = on_host(cache), DenseCache(BATCH, HEADS, DIM, VALUE_DIM)
     done = collections.Counter()
-    for step in range(2500):
+    for step in range(2000):
         kind = rng.choice(len(NAMES), p=ODDS)
         row, other = (np.int32(x) for x in rng.integers(0, BATCH, 2))
         tokens = np.int32(rng.integers(0, 60))
