@@ -18,13 +18,14 @@ COMMIT_VARIABLE = "FLEXJAX_COMMIT"
 
 # In the order of the rows. A row has the keys that apply to it and no others.
 KEYS = (
-    "suite",  # forward, backward, tune, decode, mask, train, infer
+    "suite",  # forward, backward, tune, decode, mask, pages, train, infer
     "run",  # one id a run; ratios are taken inside a run only
     "peer",
     "variant",
     *("B", "Hq", "Hkv", "L", "S", "D", "Dv"),
     "window",  # of sliding_window
     "page",
+    "top_k",  # pages attended to beside the first and the newest
     "dtype",
     "layout",
     "ms",  # median over the rounds
@@ -35,6 +36,8 @@ KEYS = (
     "peak_mb",
     "compile_s",
     "error",  # relative, against the float64 reference
+    "nats",  # loss a byte above that of full attention
+    "full_nats",
     "failure",  # why there is no time
     "block_size",  # of the peer's block mask
     "density",  # of those blocks, what is visited; without a block mask, of the 128 x 128 that are needed
