@@ -1,13 +1,13 @@
 """What is lost by attending to a few pages of a paged cache, on a small trained model.
 
-    uv run python benchmarks/pages.py            # a few minutes on two CPU cores; appends rows to results/cpu/
-    uv run python benchmarks/pages.py --dry-run  # prints only
+    python benchmarks/run.py pages            # a few minutes on two CPU cores; appends rows to results/cpu/
+    python benchmarks/run.py pages --dry-run  # prints only
 
 The model of `examples/packed_lm.py` is trained on rows of 1024 bytes, and reads long functions that it has not
-seen from a paged cache. Their last bytes are then predicted one at a time, with attention to all pages and to a few
-of them: the first one, the newest one, and k others, chosen by `flexjax.paged.select_pages` or simply the newest. A
-row tells the loss in nats a byte above that of full attention (`nats`), and the relative difference of what the
-last layer's attention gives (`error`).
+seen from a paged cache. Their last bytes are then predicted one at a time, with attention to all pages and to a
+few of them: the first one, the newest one, and k others, chosen by `flexjax.paged.select_pages` or simply the
+newest. A row tells the loss in nats a byte above that of full attention (`nats`), and the relative difference of
+what the last layer's attention gives (`error`).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def measure(model: packed_lm.Model, cache: PagedCache, text: np.ndarray, attend:
     graph, state = nnx.split(model)
 
     @jax.jit
-    def run(state: Any, cache: PagedCache, tail: Any) -> Any:
+    def predict(state: Any, cache: PagedCache, tail: Any) -> Any:
         model = nnx.merge(graph, state)
 
         def step(cache: PagedCache, token: Any) -> Any:
@@ -113,18 +113,20 @@ def measure(model: packed_lm.Model, cache: PagedCache, text: np.ndarray, attend:
 
         return jax.lax.scan(step, cache, tail.T)[1]
 
-    logits, y = run(state, cache, text[:, -TAIL - 1 : -1])
+    logits, y = predict(state, cache, text[:, -TAIL - 1 : -1])
     losses = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(
         logits, text[:, -TAIL:].T[..., None], -1
     ).squeeze(-1)
     return float(losses.mean()), np.asarray(y)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--dry-run", action="store_true", help="do not write results")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints and appends the rows."""
     model, text = trained(arguments.steps, 0)
     heads = model.config.heads
     cache = PagedCache.create(
@@ -146,7 +148,7 @@ def main() -> None:
     cases |= {
         (name, k): make(k) for k in TOP_K for name, make in (("bound", best), ("newest", newest))
     }
-    run, provenance = records.new_run(), records.provenance()
+    run_id, provenance = records.new_run(), records.provenance()
     rows: list[dict[str, Any]] = []
     base, exact = 0.0, np.zeros(0)
     for (name, k), attend in track(cases.items(), "measuring"):
@@ -158,7 +160,7 @@ def main() -> None:
         rows.append(
             records.make_row(
                 suite="pages",
-                run=run,
+                run=run_id,
                 peer="flexjax/xla",
                 variant=name,
                 B=ROWS,
@@ -188,8 +190,5 @@ def main() -> None:
         )
     Console().print(table, f"full attention: {base:.3f} nats a byte")
     if not arguments.dry_run:
-        records.append(records.results_file(None, "pages", run, provenance["device"]), rows)
-
-
-if __name__ == "__main__":
-    main()
+        records.append(records.results_file(None, "pages", run_id, provenance["device"]), rows)
+    return 0

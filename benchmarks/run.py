@@ -26,6 +26,7 @@ COMMANDS = {
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
+    "pages": ("benchmarks.pages", "the quality of attention to a few pages of a cache"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 
