@@ -58,12 +58,14 @@ def prefill(
         TypeError: counts are not integers, or a mod cannot be used.
     """
     cache.pools()
+    if query.ndim != 4:
+        raise ValueError(f"query must have shape (B, Hq, L, D), but it has {query.shape}.")
     return attend(
         query,
         cache,
         score_mod,
         mask_mod,
-        counts=counts,
+        counts=jnp.int32(query.shape[2]) if counts is None else counts,
         scale=scale,
         return_lse=return_lse,
         sinks=sinks,
@@ -80,14 +82,15 @@ def attend(
     counts: Any = None,
     **options: Any,
 ) -> Any:
-    """Attention of the last `counts` positions of each row through a contiguous copy of its pages.
+    """Attention of the last positions of each row through a contiguous copy of its pages.
 
     Args:
-        query: (B, Hq, L, D).
+        query: (B, Hq, L, D). Query i of row b is position lengths[b] - L + i, or, given counts,
+            lengths[b] - counts[b] + i.
         pages: a cache of one layer, or a choice of its pages.
         score_mod: sees positions in the row, like mask_mod.
         mask_mod: see score_mod.
-        counts: a number or int (B,); L by default.
+        counts: a number or int (B,), how many of the queries there are, the first ones.
         **options: of `flexjax.flex_attention`.
     """
     page, max_pages = pages.key_pages.shape[2], pages.page_table.shape[1]
@@ -99,9 +102,10 @@ def attend(
     key, value = gather(pages, max_pages * page)
     batch, heads, length = query.shape[:3]
     lengths = pages.lengths
-    counts = counts_argument("attention", "counts", length if counts is None else counts, batch)
-    counts = jnp.clip(counts, 0, jnp.minimum(length, lengths))
-    mask_mod, score_mod = shifted_mods(mask_mod, score_mod, lengths, counts)
+    if counts is not None:
+        counts = counts_argument("attention", "counts", counts, batch)
+        counts = jnp.clip(counts, 0, jnp.minimum(length, lengths))
+    mask_mod, score_mod = shifted_mods(mask_mod, score_mod, lengths, length, counts)
     block_mask = create_block_mask(
         mask_mod,
         batch,
@@ -115,14 +119,23 @@ def attend(
 
 
 def shifted_mods(
-    mask_mod: Mod | None, score_mod: Mod | None, lengths: Array, counts: Array
+    mask_mod: Mod | None,
+    score_mod: Mod | None,
+    lengths: Array,
+    length: int,
+    counts: Array | None = None,
 ) -> tuple[Mod, Mod | None]:
-    """Mods of the index i among the queries, from mods of positions: lengths[b] - counts[b] + i."""
-    offsets = lengths - counts
+    """Mods of the index i among L queries, from mods of positions in sequences.
+
+    Without counts, i is position lengths[b] - L + i, as in `flexjax.decode`, if the sequence has it. With
+    counts it is lengths[b] - counts[b] + i, for i below counts[b].
+    """
+    offsets = lengths - (length if counts is None else counts)
     inner = noop_mask if mask_mod is None else mask_mod
 
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        seen = (q_idx < counts[b]) & (kv_idx < lengths[b])
+        seen = q_idx + offsets[b] >= 0 if counts is None else q_idx < counts[b]
+        seen &= kv_idx < lengths[b]
         return seen & inner(b, h, q_idx + offsets[b], kv_idx)
 
     if score_mod is None:

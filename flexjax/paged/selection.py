@@ -99,8 +99,7 @@ def select_pages(
         )
     batch, heads, length, dim = query.shape
     page, count, kv_heads = cache.page_size, cache.max_pages, keys.shape[0]
-    queries = jnp.clip(jnp.full(batch, length, jnp.int32), 0, cache.lengths)
-    mask, score = shifted_mods(mask_mod, score_mod, cache.lengths, queries)
+    mask, score = shifted_mods(mask_mod, score_mod, cache.lengths, length)
 
     scale = dim**-0.5 if scale is None else scale
     low, high = _score_bounds(query.astype(jnp.float32) * scale, cache)  # (B, Hq, L, max_pages)
@@ -266,9 +265,10 @@ def selected_block_mask(
     q_len: int,
     mask_mod: Mod | None = None,
 ) -> BlockMask:
-    """The choice as a dynamic BlockMask over `cache.contiguous()`, for `flexjax.flex_attention`.
+    """The choice as a dynamic BlockMask over the positions of sequences.
 
-    Its mask_mod counts queries from 0, the first of the last q_len positions of each sequence.
+    For `flexjax.decode(query, cache, score_mod, block_mask=...)`, or `flexjax.flex_attention` over
+    `cache.contiguous()`. Its own mask_mod counts queries from 0, the first of the last q_len positions.
 
     Args:
         cache: of one layer.
@@ -277,9 +277,7 @@ def selected_block_mask(
         q_len: queries L.
         mask_mod: of positions in the whole sequence.
     """
-    mask, _ = shifted_mods(
-        mask_mod, None, cache.lengths, jnp.clip(jnp.int32(q_len), 0, cache.lengths)
-    )
+    mask, _ = shifted_mods(mask_mod, None, cache.lengths, q_len)
     scores = jnp.where(selection.chosen, 0.0, -jnp.inf)[:, :, None]
     return BlockMask.from_block_scores(
         jnp.repeat(scores, q_heads // scores.shape[1], axis=1),

@@ -1,7 +1,6 @@
 """Pages chosen by bounds: the bounds hold, the choice is the best, and both ways to attend to it agree."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,7 +29,7 @@ def chosen(name, length, top_k):
             query, cache, top_k, score_mod, mask_mod, return_lse=True
         )
         blocks = paged.selected_block_mask(cache, selection, H, length, mask_mod)
-        offset = cache.lengths - jnp.minimum(length, cache.lengths)
+        offset = cache.lengths - length
 
         def score(s, b, h, q, kv):
             return score_mod(s, b, h, q + offset[b], kv)
@@ -46,11 +45,10 @@ def modified(name, query, key, length):
     score_mod, mask_mod = MODS[name]
     lengths = np.array(LENGTHS)
     b, h, i, kv = np.ogrid[:B, :H, :length, : key.shape[2]]
-    counts = np.minimum(length, lengths)[b]
-    q = i + lengths[b] - counts
+    q = i + lengths[b] - length
     s = np.einsum("bhld,bhsd->bhls", query, np.repeat(key, H // HKV, 1)) / np.sqrt(key.shape[-1])
     s = s if score_mod is None else np.asarray(score_mod(s.astype(np.float32), b, h, q, kv))
-    seen = (kv < lengths[b]) & (i < counts)
+    seen = (kv < lengths[b]) & (q >= 0)
     seen = seen if mask_mod is None else seen & mask_mod(b, h, q, kv)
     return np.where(seen, s, -np.inf)
 
