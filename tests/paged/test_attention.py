@@ -86,6 +86,7 @@ def test_a_converted_slice_remembers_its_offset_and_a_mask_alone_will_do():
     np.testing.assert_allclose(out, whole[:, :, 32:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_forks_share_what_they_attend_to():
     cache, key, _ = filled()
     new = np.random.default_rng(5).normal(size=(B, 2, 1, 20)).astype(np.float32)

@@ -102,6 +102,7 @@ def test_arguments_that_do_not_fit(operation, error, match):
         operation(small())
 
 
+@pytest.mark.smoke
 def test_layers_share_one_table():
     cache = small(layers=2, bounds=True)
     with pytest.raises(ValueError, match="2 layers: choose one"):

@@ -60,6 +60,7 @@ def by_page(s):
     return pad.reshape(*s.shape[:3], COUNT, PAGE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "length", "top_k"), [("alibi", 3, 1), ("heads", 1, 2)])
 def test_choice(name, length, top_k):
     query, _, selection, out, lse, by_blocks = chosen(name, length, top_k)
