@@ -47,7 +47,8 @@ class PagedCache:
 
     Token t of the sequence in row b lies in page `page_table[b, t // page_size]` at `t % page_size`. The
     functions of `flexjax.paged` (`allocate`, `append`, `fork`, `free`) take a cache and return another. They are
-    meant to be called inside `jax.jit` with the cache donated, where they change the pools in place:
+    meant to be called inside `jax.jit` with the cache donated, where they change the pools in place; elsewhere
+    each of them copies the pools:
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(cache, query, key, value):

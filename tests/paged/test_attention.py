@@ -12,7 +12,7 @@ from flexjax.paged import PagedCache
 from flexjax.testing import assert_close, oracle
 from tests.paged.sequences import LENGTHS, expected, filled, queries
 
-B, H = len(LENGTHS), 4
+B, H, XLA = len(LENGTHS), 4, "xla"  # float32 is not what kernels are for
 MODS = {
     "none": (None, None),
     "alibi": (scores.alibi(H), masks.causal()),
@@ -33,7 +33,9 @@ def test_prefill(name, length, counts):
     cache, key, value = filled()
     query = queries(B, length)
     counts = np.array(np.minimum(LENGTHS, length) if counts is None else counts)
-    run = jax.jit(lambda q, c, n: paged.prefill(q, c, *MODS[name], counts=n, return_lse=True))
+    run = jax.jit(
+        lambda q, c, n: paged.prefill(q, c, *MODS[name], counts=n, return_lse=True, backend=XLA)
+    )
     out, lse = run(query, cache, jnp.asarray(counts))
     exact, exact_lse = expected(query, key, value, LENGTHS, counts, *MODS[name])
     assert_close("out", out, exact)
@@ -55,7 +57,7 @@ def test_physical_positions(name):
         assert converted.shape == (B, H, n, 40 * 16)
         score = paged.get_score_mod(score_mod, cache)
         pools = paged.physical_pools(cache)
-        return flex_attention(query, *pools, score, converted, return_lse=True)
+        return flex_attention(query, *pools, score, converted, return_lse=True, backend=XLA)
 
     out, lse = run(query, cache)
     lengths = jnp.asarray(LENGTHS)
@@ -77,9 +79,13 @@ def test_a_converted_slice_remembers_its_offset_and_a_mask_alone_will_do():
         whole = create_block_mask(masks.causal(), 1, 1, 64, 90, (16, 16))
         pools, score = paged.physical_pools(cache), paged.get_score_mod(score_mod, cache)
         sliced = paged.convert_logical_block_mask(whole[:, :, 2:], cache)
-        out = flex_attention(query[:, :, 32:], *pools, score, sliced)
+        out = flex_attention(query[:, :, 32:], *pools, score, sliced, backend=XLA)
         return out, flex_attention(
-            query, *pools, score, mask_mod=paged.get_mask_mod(masks.causal(), cache)
+            query,
+            *pools,
+            score,
+            mask_mod=paged.get_mask_mod(masks.causal(), cache),
+            backend=XLA,
         )
 
     out, whole = run(query, cache)
@@ -95,7 +101,7 @@ def test_forks_share_what_they_attend_to():
     @jax.jit
     def run(cache, new):
         cache = paged.fork(paged.free(cache, np.array([1, 2])), 0, np.array([1, 2]))
-        out = paged.prefill(query, cache)
+        out = paged.prefill(query, cache, backend=XLA)
         return cache, out, paged.append(cache, new[..., :8], new[..., 8:])
 
     shared, out, cache = run(cache, new)
@@ -126,7 +132,7 @@ def test_what_lay_in_a_page_before_does_not_matter():
         cache = paged.append(cache, key, value, np.maximum(before, 0))
         last = np.maximum(before, 0)[:, None, None, None]
         cache = paged.append(cache, *(np.take_along_axis(x, last, 2) for x in (key, value)))
-        return cache, paged.prefill(query, cache)
+        return cache, paged.prefill(query, cache, backend=XLA)
 
     cache, out = run(poisoned)
     counts = np.minimum(LENGTHS, 1)

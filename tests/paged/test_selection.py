@@ -26,7 +26,7 @@ def chosen(name, length, top_k):
     def run(query, cache):
         selection = paged.select_pages(query, cache, top_k, score_mod, mask_mod)
         by_table = paged.adaptive_attention(
-            query, cache, top_k, score_mod, mask_mod, return_lse=True
+            query, cache, top_k, score_mod, mask_mod, return_lse=True, backend="xla"
         )
         blocks = paged.selected_block_mask(cache, selection, H, length, mask_mod)
         offset = cache.lengths - length
@@ -34,7 +34,9 @@ def chosen(name, length, top_k):
         def score(s, b, h, q, kv):
             return score_mod(s, b, h, q + offset[b], kv)
 
-        by_blocks = flex_attention(query, *cache.contiguous(), score_mod and score, blocks)
+        by_blocks = flex_attention(
+            query, *cache.contiguous(), score_mod and score, blocks, backend="xla"
+        )
         return selection, *by_table, by_blocks
 
     return query, cache, *run(query, cache)
@@ -60,7 +62,6 @@ def by_page(s):
     return pad.reshape(*s.shape[:3], COUNT, PAGE)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "length", "top_k"), [("alibi", 3, 1), ("heads", 1, 2)])
 def test_choice(name, length, top_k):
     query, _, selection, out, lse, by_blocks = chosen(name, length, top_k)
