@@ -48,7 +48,7 @@ def _free(cache: PagedCache, rows: Rows) -> tuple[PagedCache, Array]:
     returns = (idle != nowhere) & (counts.at[idle].get(mode="clip") == mark)
     counts = counts.at[idle].set(0, mode="drop")
     returned = returns.astype(jnp.int32)
-    top = cache.free_count + jnp.cumsum(returned) - returned
+    top = cache.free_count + jnp.cumsum(returned, dtype=jnp.int32) - returned
     closed = rows.where(ok)
     freed = dataclasses.replace(
         cache,
@@ -57,6 +57,6 @@ def _free(cache: PagedCache, rows: Rows) -> tuple[PagedCache, Array]:
         active=cache.active.at[closed].set(False, mode="drop"),
         reference_counts=counts,
         free_pages=cache.free_pages.at[jnp.where(returns, top, nowhere)].set(idle, mode="drop"),
-        free_count=cache.free_count + returned.sum(),
+        free_count=cache.free_count + returned.sum(dtype=jnp.int32),
     )
     return freed, code

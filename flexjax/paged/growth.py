@@ -74,11 +74,13 @@ def grow(
     copies = shared & (_at(cache.reference_counts, source) - before > 1)
     more = jnp.maximum(-(-(length + counts) // page) - held, 0)
     need = more + copies
-    code = code | flag(OUT_OF_PAGES, need.sum() > cache.free_count)
+    code = code | flag(OUT_OF_PAGES, need.sum(dtype=jnp.int32) > cache.free_count)
 
     ok = code == 0
     copies, more, need = copies & ok, jnp.where(ok, more, 0), jnp.where(ok, need, 0)
-    top = cache.free_count - 1 - (jnp.cumsum(need) - need)  # of the part of the stack for each row
+    top = (
+        cache.free_count - 1 - (jnp.cumsum(need, dtype=jnp.int32) - need)
+    )  # of the part of the stack for each row
     nowhere = jnp.iinfo(jnp.int32).max
     target = jnp.where(copies, _at(cache.free_pages, top), nowhere)
     step = jnp.arange(min(-(-most // page), cache.max_pages), dtype=jnp.int32)[None, :]
@@ -97,7 +99,7 @@ def grow(
         page_table=table,
         held_pages=cache.held_pages.at[rows.where(ok)].add(more, mode="drop"),
         reference_counts=references,
-        free_count=cache.free_count - need.sum(),
+        free_count=cache.free_count - need.sum(dtype=jnp.int32),
     )
     if opening:
         active = cache.active.at[rows.where(ok)].set(True, mode="drop")
