@@ -18,7 +18,7 @@ COMMIT_VARIABLE = "FLEXJAX_COMMIT"
 
 # In the order of the rows. A row has the keys that apply to it and no others.
 KEYS = (
-    "suite",  # forward, backward, tune, decode, mask, train, infer
+    "suite",  # forward, backward, tune, decode, mask, pages, train, infer
     "run",  # one id a run; ratios are taken inside a run only
     "peer",
     "variant",
@@ -26,6 +26,7 @@ KEYS = (
     "window",  # of sliding_window
     "lengths",  # of a cache's sequences, where they do not fill it
     "page",
+    "top_k",  # pages attended to beside the first and the newest
     "dtype",
     "layout",
     "ms",  # median over the rounds
@@ -37,6 +38,8 @@ KEYS = (
     "peak_mb",
     "compile_s",
     "error",  # relative, against the float64 reference
+    "nats",  # loss a byte above that of full attention
+    "full_nats",
     "failure",  # why there is no time
     "block_size",  # of the peer's block mask
     "density",  # of those blocks, what is visited; without a block mask, of the 128 x 128 that are needed

@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "decode": ("benchmarks.decode", "one step of decoding, beside the bandwidth of memory"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
+    "pages": ("benchmarks.pages", "the quality of attention to a few pages of a cache"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

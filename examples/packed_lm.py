@@ -63,11 +63,11 @@ class Config:
     backend: str | None = None
 
 
-def rotate(x: Float[Array, "B L H D"], positions: Int[Array, "L"]) -> Float[Array, "B L H D"]:
+def rotate(x: Float[Array, "B L H D"], positions: Int[Array, "*B L"]) -> Float[Array, "B L H D"]:
     """Rotary position embedding (Su et al., arXiv:2104.09864): scores depend on distances alone."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = positions[:, None, None] * frequencies
+    angles = positions[..., None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         self.out = linear(config.width, config.width, rngs, zero=True)
 
     def project(
-        self, x: Float[Array, "B L W"], positions: Int[Array, "L"]
+        self, x: Float[Array, "B L W"], positions: Int[Array, "*B L"]
     ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L H D"], Float[Array, "B L H D"]]:
         """Query, key and value, the first two rotated to their positions."""
         heads = (*x.shape[:2], self.config.heads, self.config.width // self.config.heads)

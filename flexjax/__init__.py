@@ -1,6 +1,7 @@
 """FlexAttention for JAX: attention with a score and a mask of your own, block-sparse and fused."""
 
 from flexjax import masks as masks
+from flexjax import paged as paged
 from flexjax import scores as scores
 from flexjax.attention import AuxOutput as AuxOutput
 from flexjax.attention import AuxRequest as AuxRequest

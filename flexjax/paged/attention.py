@@ -1,0 +1,153 @@
+"""Attention to what a paged cache holds: by prompts, and by the queries of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flexjax.attention import flex_attention
+from flexjax.block_creation import create_block_mask
+from flexjax.masks.combine import noop_mask
+from flexjax.mods.trace import index_ranges, trace_mask_mod
+from flexjax.paged.cache import PagedCache
+from flexjax.paged.gather import Pages, gather
+from flexjax.paged.rows import counts_argument
+
+Mod = Callable[..., Any]
+
+
+def prefill(
+    query: Float[Array, "B Hq L D"],
+    cache: PagedCache,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    *,
+    counts: Any = None,
+    scale: float | Array | None = None,
+    return_lse: bool = False,
+    sinks: Float[Array, "Hq"] | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Attention of whole prompts, or chunks of them, to the sequences that they were appended to.
+
+    Row b's queries are the last `counts[b]` positions of its sequence: mods see q_idx = lengths[b] - counts[b] + i
+    and kv_idx counted from the sequence's beginning, whatever pages it lies in. Keys past lengths[b] are never
+    seen. Keys and values are gathered into a contiguous copy, which is what a long chunk is worth; a step of a few
+    queries is what `flexjax.decode` is for.
+
+    Args:
+        query: (B, Hq, L, D), of which each row's first `counts[b]` are attended for.
+        cache: of one layer (`cache.layer(i)`), with these tokens already appended.
+        score_mod: as for `flexjax.flex_attention`.
+        mask_mod: likewise, for example `masks.causal()`; without it a query sees its whole sequence.
+        counts: a number or int (B,); L by default. Rows of length 0, and queries past the count, see nothing:
+            output 0, logsumexp -inf.
+        scale: as for `flexjax.flex_attention`, like the remaining ones.
+        return_lse: also return the logsumexp (B, Hq, L).
+        sinks: a logit a query head.
+        backend: of `flexjax.flex_attention`.
+
+    Returns:
+        (B, Hq, L, Dv), or a pair of it and the logsumexp.
+
+    Raises:
+        ValueError: shapes do not fit, see `flexjax.flex_attention`.
+        TypeError: counts are not integers, or a mod cannot be used.
+    """
+    cache.pools()
+    if query.ndim != 4:
+        raise ValueError(f"query must have shape (B, Hq, L, D), but it has {query.shape}.")
+    return attend(
+        query,
+        cache,
+        score_mod,
+        mask_mod,
+        counts=jnp.int32(query.shape[2]) if counts is None else counts,
+        scale=scale,
+        return_lse=return_lse,
+        sinks=sinks,
+        backend=backend,
+    )
+
+
+def attend(
+    query: Float[Array, "B Hq L D"],
+    pages: Pages,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    *,
+    counts: Any = None,
+    **options: Any,
+) -> Any:
+    """Attention of the last positions of each row through a contiguous copy of its pages.
+
+    Args:
+        query: (B, Hq, L, D). Query i of row b is position lengths[b] - L + i, or, given counts,
+            lengths[b] - counts[b] + i.
+        pages: a cache of one layer, or a choice of its pages.
+        score_mod: sees positions in the row, like mask_mod.
+        mask_mod: see score_mod.
+        counts: a number or int (B,), how many of the queries there are, the first ones.
+        **options: of `flexjax.flex_attention`.
+    """
+    page, max_pages = pages.key_pages.shape[2], pages.page_table.shape[1]
+    if query.ndim != 4 or query.shape[0] != pages.lengths.shape[0]:
+        raise ValueError(
+            f"query must have shape (B, Hq, L, D) with B = {pages.lengths.shape[0]}, the rows of the cache, but "
+            f"it has {query.shape}."
+        )
+    key, value = gather(pages, max_pages * page)
+    batch, heads, length = query.shape[:3]
+    lengths = pages.lengths
+    if counts is not None:
+        counts = counts_argument("attention", "counts", counts, batch)
+        counts = jnp.clip(counts, 0, jnp.minimum(length, lengths))
+    mask_mod, score_mod = shifted_mods(mask_mod, score_mod, lengths, length, counts)
+    block_mask = create_block_mask(
+        mask_mod,
+        batch,
+        heads if depends_on_head(mask_mod, batch, heads, length, key.shape[2]) else None,
+        length,
+        key.shape[2],
+        (length if length < 64 else 128, 128),  # few queries are not filled up to a whole block
+        compute_q_blocks=False,
+    )
+    return flex_attention(query, key, value, score_mod, block_mask, **options)
+
+
+def shifted_mods(
+    mask_mod: Mod | None,
+    score_mod: Mod | None,
+    lengths: Array,
+    length: int,
+    counts: Array | None = None,
+) -> tuple[Mod, Mod | None]:
+    """Mods of the index i among L queries, from mods of positions in sequences.
+
+    Without counts, i is position lengths[b] - L + i, as in `flexjax.decode`, if the sequence has it. With
+    counts it is lengths[b] - counts[b] + i, for i below counts[b].
+    """
+    offsets = lengths - (length if counts is None else counts)
+    inner = noop_mask if mask_mod is None else mask_mod
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        seen = q_idx + offsets[b] >= 0 if counts is None else q_idx < counts[b]
+        seen &= kv_idx < lengths[b]
+        return seen & inner(b, h, q_idx + offsets[b], kv_idx)
+
+    if score_mod is None:
+        return mask, None
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score_mod(s, b, h, q_idx + offsets[b], kv_idx)
+
+    return mask, score
+
+
+def depends_on_head(mask_mod: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> bool:
+    """Whether a mask has to be worked out for every query head."""
+    graph, _ = trace_mask_mod(mask_mod, index_ranges(batch, heads, q_len, kv_len))
+    return "h" in graph.depends
