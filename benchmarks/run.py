@@ -26,6 +26,8 @@ COMMANDS = {
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
+    "train": ("benchmarks.train", "a training step of 8B-sized layers on packed documents"),
+    "infer": ("benchmarks.infer", "decoding steps of 8B-sized layers, and prompts with a window"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

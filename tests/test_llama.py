@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama import text, train, training
+from examples.llama import train, training
 from examples.llama.config import SIZES, Config, make_config
 from examples.llama.model import Llama
 from tests.transforms.reference import TOLERANCE
@@ -104,7 +104,7 @@ def test_sizes_have_the_parameters_that_they_are_named_for(size):
 def test_visible_pairs_are_those_of_the_mask(window):
     distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     seen = (distance >= 0) & (distance < (window or LENGTH)) & (IDS[:, :, None] == IDS[:, None])
-    assert text.visible_pairs(IDS, window) == (seen & (IDS >= 0)[:, :, None]).sum()
+    assert training.visible_pairs(IDS, window) == (seen & (IDS >= 0)[:, :, None]).sum()
 
 
 def test_a_checkpoint_brings_back_model_and_optimizer(tmp_path):

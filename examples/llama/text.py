@@ -45,19 +45,3 @@ def packed_batches(length: int, batch: int, megabytes: float, seed: int) -> Iter
             "text with --megabytes, or for shorter rows."
         )
     return batches(rows, batch, np.random.default_rng(seed))
-
-
-def visible_pairs(ids: np.ndarray, window: int | None) -> int:
-    """Pairs of a token and one that it sees: itself and the past of its document, as far as `window` reaches.
-
-    Args:
-        ids: (B, L), the document of each token, -1 where there is none; equal ids of a row lie side by side.
-        window: how many tokens a token sees, itself included; None for no bound.
-    """
-    total = 0
-    for row in ids:
-        for count in np.unique(row[row >= 0], return_counts=True)[1]:
-            reach = int(count if window is None else min(count, window))
-            # The first `reach` tokens see 1, 2, ..., reach tokens, all later ones `reach`.
-            total += reach * (reach + 1) // 2 + (int(count) - reach) * reach
-    return total

@@ -22,8 +22,8 @@ from flax import nnx
 
 from examples.llama.config import ATTENTIONS, SIZES, STYLES, Config, make_config
 from examples.llama.model import Llama
-from examples.llama.text import packed_batches, visible_pairs
-from examples.llama.training import make_optimizer, peak_flops, train_step
+from examples.llama.text import packed_batches
+from examples.llama.training import make_optimizer, peak_flops, train_step, visible_pairs
 
 
 @dataclasses.dataclass(frozen=True)
