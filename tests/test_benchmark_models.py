@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import flexjax
-from benchmarks import contest, records, run, train
+from benchmarks import contest, plots, records, run, suite_plots, train
 from benchmarks.timing import Plan
 
 
@@ -71,3 +71,36 @@ def test_suites_of_models(suite, tmp_path):
     assert row["tokens_s"] > 0
     assert row["peak_mb"] > row["config"]["parameters"] * 2 / 1e6
     assert row["mfu" if suite == "train" else "tbs"] > 0
+
+
+def test_pictures_of_decoding_and_of_models(tmp_path):
+    sizes = {"Hq": 32, "Hkv": 8, "L": 1, "D": 128}
+    common = {"suite": "infer", "variant": "decode", "device": "NVIDIA H100 80GB HBM3"}
+    rows = [
+        {
+            **common,
+            **sizes,
+            "run": name,
+            "peer": peer,
+            "B": 8,
+            "S": size,
+            "ms": 1.0,
+            "tbs": tbs,
+            "tokens_s": 8e3,
+        }
+        for name, peer, size, tbs in (
+            ("1", "flexjax", 1024, 9.0),
+            ("2", "flexjax", 1024, 2.5),
+            ("2", "jax_xla", 1024, 1.5),
+            ("2", "flexjax", 32768, 2.8),
+        )
+    ]
+    rows.append(
+        {**common, **sizes, "run": "2", "peer": "jax_cudnn", "B": 8, "S": 1024, "failure": "no"}
+    )
+    (axes,) = suite_plots.bandwidth_bars(rows).axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([2.5, 1.5, 2.8])
+    files = plots.draw(rows, tmp_path)
+    assert {file.name for file in files} == {"infer-bandwidth.png", "infer-tokens.png"}
+    assert suite_plots.mask_lines([]) is None
+    assert suite_plots.token_bars([]) is None
