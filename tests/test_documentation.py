@@ -1,8 +1,29 @@
 """What the documentation is written from."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 from benchmarks.report import page
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_support_matrix_has_the_cases_and_transformations_that_are_tested():
+    spec = importlib.util.spec_from_file_location(
+        "support_matrix", ROOT / "scripts" / "support_matrix.py"
+    )
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    text = matrix.PAGE.read_text()
+    for title, groups in matrix.groups().items():
+        assert f"| **{title}** |" in text, matrix.STALE
+        for name, cases in groups.items():
+            assert f"| {name} | {len(cases)} |" in text, matrix.STALE
+    assert {
+        file.stem for file in (ROOT / "tests/transforms").glob("test_*.py")
+    } == matrix.LOWERED.keys()
+    assert all(f"| {title} |" in text for title, _ in matrix.LOWERED.values()), matrix.STALE
 
 
 def test_the_performance_page_says_what_rows_say(tmp_path):
