@@ -31,11 +31,11 @@ KEYS = (
     "spread",  # (slowest - fastest) / median of the rounds
     "tflops",  # from the blocks of 128 x 128 that the variant needs, whatever the peer visits
     "tbs",
-    "tokens_s",  # train, infer
-    "mfu",  # of the FLOP that the model asks for; config names the peak
     "result_mb",  # of a block mask alone
     "peak_mb",
     "compile_s",
+    "tokens_s",  # train, infer
+    "mfu",  # of the FLOP that the model asks for; config names the peak
     "error",  # relative, against the float64 reference
     "failure",  # why there is no time
     "block_size",  # of the peer's block mask

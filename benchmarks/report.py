@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.table import by_case, is_ours, ours
+from benchmarks.table import by_case, case_key, is_ours, ours
 from benchmarks.targets import shape_name
 
 Rows = list[dict[str, Any]]
@@ -58,8 +58,9 @@ def page(results: Path = records.RESULTS) -> tuple[str, dict[str, Path]]:
 
 
 def _rows(folder: Path, suite: str) -> Rows:
-    """The rows of a suite's files; where they do not say S, it is L."""
-    return [{"S": row["L"], **row} for row in records.read(sorted(folder.glob(f"{suite}-*.jsonl")))]
+    """The rows of a suite's files that are about a size; where they do not say S, it is L."""
+    rows = records.read(sorted(folder.glob(f"{suite}-*.jsonl")))
+    return [{"S": row["L"], **row} for row in rows if "L" in row]
 
 
 def _tables(suite: str, rows: Rows) -> list[str]:
@@ -79,14 +80,17 @@ def _last(suite: str, rows: Rows) -> list[Rows]:
     for case in by_case(rows):
         # Masks have a case for each block size; attentions give that of a peer, which differs.
         block = tuple(case[0].get("block_size", ())) if suite == "mask" else ()
-        key = (case[0]["suite"], _name(case[0]), case[0]["variant"], block)
+        key = (case_key(case[0]), block)
         if key not in cases or cases[key][0]["run"] <= case[0]["run"]:
             cases[key] = case
     return list(cases.values())
 
 
 def _name(row: dict[str, Any]) -> str:
-    return shape_name(row) if "D" in row else f"S{row['S']}"
+    if "D" not in row:
+        return f"S{row['S']}"
+    page = f", pages of {row['page']}" if "page" in row else ""
+    return shape_name(row) + page + (", uneven" if "lengths" in row else "")
 
 
 def _table(cases: list[Rows]) -> str:
@@ -97,6 +101,7 @@ def _table(cases: list[Rows]) -> str:
         for head, key, show in (
             ("TFLOP/s", "tflops", "{:.0f}".format),
             ("TB/s", "tbs", "{:.2f}".format),
+            ("of a copy", "of_copy", "{:.0%}".format),
             ("tokens/s", "tokens_s", "{:,.0f}".format),
             ("MFU", "mfu", "{:.1%}".format),
             ("peak MB", "peak_mb", "{:,.0f}".format),

@@ -39,7 +39,13 @@ def mask_lines(rows: Rows) -> Any:
 
 def bandwidth_bars(rows: Rows) -> Any:
     """TB/s of weights and caches read while decoding, by context and batch; None without rows."""
-    return _bars(rows, "tbs", "TB/s", "Decoding, TB/s of what must be read (more is better)")
+    sized = [row for row in rows if "Hq" in row]
+    title = "Decoding, TB/s of what must be read (more is better; dashed: a copy)"
+    figure = _bars(sized, "tbs", "TB/s", title)
+    copies = [row["tbs"] for row in rows if "Hq" not in row and "tbs" in row]
+    for axes in figure.axes if figure is not None and copies else ():
+        axes.axhline(max(copies), color="0.4", linewidth=0.8, linestyle="--")
+    return figure
 
 
 def token_bars(rows: Rows) -> Any:
@@ -58,11 +64,13 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
     panels: dict[str, Values] = {}
     for row in sorted(chosen, key=_size):
         page = f" page {row['page']}" if "page" in row else ""
-        group = f"B{row['B']} {row['Hq']}/{row['Hkv']}\nS{row['S']}{page}"
+        more = f" L{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
+        more += " uneven" if "lengths" in row else ""
+        group = f"B{row['B']} {row['Hq']}/{row['Hkv']}\nS{row['S']}{page}{more}"
         panels.setdefault(row["variant"], {}).setdefault(group, {})[row["peer"]] = row[key], None
     return panels_of_bars(chosen, list(panels.items()), label, title)
 
 
 def _size(row: dict[str, Any]) -> tuple[Any, ...]:
     names = ("variant", "S", "B", "Hq", "Hkv", "L", "D", "page", "window")
-    return tuple(row.get(name) or 0 for name in names)
+    return *(row.get(name) or 0 for name in names), tuple(row.get("lengths", ()))

@@ -98,7 +98,10 @@ def test_pictures_of_decoding_and_of_models(tmp_path):
     rows.append(
         {**common, **sizes, "run": "2", "peer": "jax_cudnn", "B": 8, "S": 1024, "failure": "no"}
     )
+    copy = {"suite": "infer", "peer": "copy", "variant": "copy", "run": "2", "ms": 1.0, "tbs": 3.0}
+    rows.append(copy | {"device": common["device"]})
     (axes,) = suite_plots.bandwidth_bars(rows).axes
+    assert [line.get_ydata()[0] for line in axes.lines] == [3.0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([2.5, 1.5, 2.8])
     files = plots.draw(rows, tmp_path)
     assert {file.name for file in files} == {"infer-bandwidth.png", "infer-tokens.png"}
