@@ -24,10 +24,10 @@ ROOT = str(Path(FOLDER).parent)
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
-    "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
-    "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "train": ("benchmarks.train", "a training step of 8B-sized layers on packed documents"),
     "infer": ("benchmarks.infer", "decoding steps of 8B-sized layers, and prompts with a window"),
+    "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
+    "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

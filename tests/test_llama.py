@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama import train, training
+import flexjax
+from examples.llama import serving, train, training
 from examples.llama.config import SIZES, Config, make_config
 from examples.llama.model import Llama
 from tests.transforms.reference import TOLERANCE
@@ -87,6 +88,26 @@ def test_losses_fall_together(capsys):
     assert ours[-1] < ours[0] - 0.5
     np.testing.assert_allclose(ours, dense, 1e-3)
     assert "tokens/s, MFU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("attention", "style"), [("xla", "gpt_oss"), ("xla", "gemma2"), ("flexjax", "gpt_oss")]
+)
+def test_decoding_step_by_step_gives_the_logits_of_the_whole(attention, style):
+    if attention == "flexjax" and not hasattr(flexjax, "decode"):
+        pytest.skip("there is no flexjax.decode yet")
+    config = small(style, attention=attention)
+    model = Llama(config, nnx.Rngs(0))
+    if config.sinks:
+        model.blocks[1].attention.sinks[...] = jnp.linspace(-1.0, 2.0, config.heads)
+    steps = 12  # beyond the window
+    caches = serving.empty_caches(config, 2, steps + 3)
+    step, found = nnx.jit(serving.decode_step), []
+    for i in range(steps):
+        logits, caches = step(model, caches, jnp.full(2, i), TOKENS[:, i])
+        found.append(logits)
+    whole = nnx.jit(Llama.__call__)(model, TOKENS[:, :steps])
+    np.testing.assert_allclose(jnp.stack(found, 1), whole, 0, 1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)
