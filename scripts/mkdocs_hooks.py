@@ -10,17 +10,20 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-# Modules of the public API that a page shows as they are.
-DECODING = ("flexjax.decoding.decode", "flexjax.kv_cache.KVCache", "flexjax.paged")
+# Pages of parts that not every checkout has: title, and what they show. A package stands for all that it makes public.
+PARTS = {
+    "api/decoding.md": ("Decoding", ("flexjax.decoding.decode", "flexjax.kv_cache.KVCache")),
+    "api/paged.md": ("Paged caches", ("flexjax.paged",)),
+    "api/systems.md": ("Systems", ("flexjax.systems",)),
+}
+OPTIONAL = ("systems.md", "masks.md")
 
 
 def on_config(config: Any) -> Any:
     """Takes pages of parts that this checkout lacks out of the navigation."""
-    have = {
-        "systems.md": (ROOT / "docs/systems.md").exists(),
-        "api/decoding.md": bool(_decoding()),
-    }
-    config.nav = _without(config.nav, {page for page, there in have.items() if not there})
+    missing = {page for page in OPTIONAL if not (ROOT / "docs" / page).exists()}
+    missing |= {page for page, (_, names) in PARTS.items() if not _existing(names)}
+    config.nav = _without(config.nav, missing)
     return config
 
 
@@ -34,9 +37,9 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {"performance.md": performance}
     for kind in ("masks", "scores"):
         pages[f"api/{kind}.md"] = _factories(kind)
-    if _decoding():
-        entries = "\n".join(f"\n::: {name}" for name in _decoding())
-        pages["api/decoding.md"] = f"# Decoding\n{entries}\n"
+    for name, (title, names) in PARTS.items():
+        if _existing(names):
+            pages[name] = _page(title, "", _existing(names))
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for name, picture in pictures.items():
@@ -44,25 +47,43 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Turns links to files of the repository that are no pages, which work in a checkout alone, into their names."""
+
+    def named(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        outside = not target.endswith(".md") and (ROOT / "docs" / target).exists()
+        return f"{text} (`{target.removeprefix('../')}`)" if outside else link[0]
+
+    return re.sub(r"\[([^]]+)\]\((\.\./[^)]+)\)", named, markdown)
+
+
 def _factories(kind: str) -> str:
     """A page of all that `flexjax.masks` or `flexjax.scores` makes public, in its order."""
-    source = (ROOT / "flexjax" / kind / "__init__.py").read_text()
-    names = re.findall(rf"from (flexjax\.{kind}\.[a-z]\w*) import (\w+) as \w+", source)
-    entries = "\n".join(f"\n::: {module}.{name}" for module, name in names)
     noun = "mask_mod" if kind == "masks" else "score_mod"
-    return (
-        f"# {kind.capitalize()}\n\nEach factory of `flexjax.{kind}` makes a {noun}. "
-        f"`python -m flexjax.{kind}.NAME` draws one.\n{entries}\n"
-    )
+    text = f"Each factory of `flexjax.{kind}` makes a {noun}. `python -m flexjax.{kind}.NAME` draws one.\n"
+    return _page(kind.capitalize(), text, _public(f"flexjax.{kind}"))
 
 
-def _decoding() -> list[str]:
-    """Those of DECODING that there are."""
-    found = []
-    for name in DECODING:
-        module = name.removesuffix("." + name.split(".")[-1]) if name.count(".") > 1 else name
-        path = ROOT / module.replace(".", "/")
-        if path.is_dir() or path.with_suffix(".py").exists():
+def _page(title: str, text: str, names: list[str]) -> str:
+    return f"# {title}\n\n{text}" + "".join(f"\n::: {name}\n" for name in names)
+
+
+def _public(package: str) -> list[str]:
+    """What a package makes public, in its order: lines such as `from flexjax.masks.causal import causal as causal`."""
+    source = (ROOT / package.replace(".", "/") / "__init__.py").read_text()
+    found = re.findall(r"^from (flexjax\.\S+) import (\w+) as \2$", source, re.MULTILINE)
+    # Types of arguments live in modules that begin with an underscore.
+    return [f"{module}.{name}" for module, name in found if "._" not in module]
+
+
+def _existing(names: tuple[str, ...]) -> list[str]:
+    """Those of the names that this checkout has, packages as all that they make public."""
+    found: list[str] = []
+    for name in names:
+        if (ROOT / name.replace(".", "/") / "__init__.py").exists():
+            found += _public(name)
+        elif (ROOT / name.rpartition(".")[0].replace(".", "/")).with_suffix(".py").exists():
             found.append(name)
     return found
 
