@@ -10,7 +10,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pages of parts that not every checkout has: title, and what they show. A package stands for all that it makes public.
+# Pages of parts that not every checkout has: title, and what they show. A package stands for all that it makes
+# public.
 PARTS = {
     "api/decoding.md": ("Decoding", ("flexjax.decoding.decode", "flexjax.kv_cache.KVCache")),
     "api/paged.md": ("Paged caches", ("flexjax.paged",)),
@@ -48,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turns links to files of the repository that are no pages, which work in a checkout alone, into their names."""
+    """Turns links to what is no page, which work in a checkout alone, into the names of the files."""
 
     def named(link: re.Match[str]) -> str:
         text, target = link.groups()
@@ -70,7 +71,7 @@ def _page(title: str, text: str, names: list[str]) -> str:
 
 
 def _public(package: str) -> list[str]:
-    """What a package makes public, in its order: lines such as `from flexjax.masks.causal import causal as causal`."""
+    """What a package makes public, in its order: lines such as `from flexjax.a.b import c as c`."""
     source = (ROOT / package.replace(".", "/") / "__init__.py").read_text()
     found = re.findall(r"^from (flexjax\.\S+) import (\w+) as \2$", source, re.MULTILINE)
     # Types of arguments live in modules that begin with an underscore.
