@@ -63,14 +63,14 @@ def visible_pairs(ids: np.ndarray, window: int | None) -> int:
 
 
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s that model FLOP utilisation refers to, where the number comes from).
+    """(FLOP/s of one device that model FLOP utilisation refers to, where the number comes from).
 
     On a device that is not in the list, that of a large float32 product, measured now.
     """
     kind = jax.devices()[0].device_kind
     for name, peak in _PEAKS.items():
         if name in kind:
-            return peak * jax.device_count(), f"{name}, dense bfloat16"
+            return peak, f"{name}, dense bfloat16"
     size = 1024
     x = jnp.ones((size, size))
     product = jax.jit(lambda x: x @ x)
