@@ -21,11 +21,12 @@ class Inputs:
     Attributes:
         shape: their sizes.
         dtype: their dtype.
+        seed: of which they are drawn.
         sets: (query, key, value) triples of JAX arrays in layout BHLD.
     """
 
     def __init__(self, shape: Shape, dtype: str, seed: int = 0) -> None:
-        self.shape, self.dtype, self._seed = shape, jnp.dtype(dtype), seed
+        self.shape, self.dtype, self.seed = shape, jnp.dtype(dtype), seed
         queries = shape.batch * shape.q_heads * shape.q_len * shape.dim
         keys = shape.batch * shape.kv_heads * shape.kv_len * shape.dim
         size = (queries + 2 * keys) * self.dtype.itemsize
@@ -52,7 +53,7 @@ class Inputs:
 
     def cotangents(self, layout: str) -> list[Any]:
         """A cotangent of the output for every set; the output has the query's shape."""
-        keys = jax.random.split(jax.random.key(self._seed + 1), len(self.sets))
+        keys = jax.random.split(jax.random.key(self.seed + 1), len(self.sets))
         drawn = [
             jax.random.normal(k, s[0].shape, self.dtype)
             for k, s in zip(keys, self.sets, strict=True)

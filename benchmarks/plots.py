@@ -11,36 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.panels import Rows, Values, colour, figure_of, legend, ordered, panels_of_bars
+from benchmarks.suite_plots import bandwidth_bars, mask_lines, token_bars
 from benchmarks.table import case_key, is_ours, ours
 from benchmarks.targets import shape_name, target
 from benchmarks.variants import SHAPES
 
-Rows = list[dict[str, Any]]
-
-# The order and the colours of the bars; flexjax stands out, peers that are one's own GPU library are muted.
-_COLOURS = {
-    "flexjax/mosaic_gpu": "#c1272d",
-    "flexjax/triton": "#e8743b",
-    "flexjax/xla": "#f2b48c",
-    "torch_flex": "#1f5a99",
-    "torch_flex_autotuned": "#7fb2e0",
-    "fa3": "#2b8a3e",
-    "tokamax": "#7b4fa3",
-    "jax_cudnn": "#5f6b76",
-    "torch_cudnn": "#9aa5ae",
-    "torch_fa2": "#c6ccd1",
-    "jax_xla": "#d9c27a",
-}
-_OTHER = "#000000"
-
-
-SUITES = ("forward", "backward")
+SUITES = ("forward", "backward")  # of single attentions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="rows; benchmarks/results/*/{forward,backward}-*.jsonl"
-    )
+    parser.add_argument("files", nargs="*", type=Path, help="rows; those in benchmarks/results")
     parser.add_argument("--out", type=Path, help="folder for the pictures; that of the rows")
 
 
@@ -49,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    found = (records.RESULTS.glob(f"*/{suite}-*.jsonl") for suite in SUITES)
+    found = (records.RESULTS.glob(f"*/{suite}-*.jsonl") for suite in PICTURES)
     files = arguments.files or sorted(file for files in found for file in files)
     by_device: dict[str, Rows] = {}
     for row in records.read(files):
@@ -64,17 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
     """Writes the pictures of one device's rows, of each suite apart; returns their files."""
-    pictures: dict[str, Callable[[Rows], Any]] = {
-        "tflops": tflops_bars,
-        "ratios": ratio_bars,
-        "lengths": length_lines,
-    }
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for suite in SUITES:
-        chosen = latest([row for row in rows if row["suite"] == suite])
+    for suite, pictures in PICTURES.items():
+        chosen = [row for row in rows if row["suite"] == suite]
         for name, picture in pictures.items():
-            figure = picture(chosen)
+            figure = picture(latest(chosen) if suite in SUITES else chosen)
             if figure is not None:
                 files.append(folder / f"{suite}-{name}.png")
                 figure.savefig(files[-1], dpi=110)
@@ -94,7 +70,7 @@ def latest(rows: Rows) -> Rows:
 def tflops_bars(rows: Rows) -> Any:
     """TFLOP/s of every peer, variant by variant, one panel a shape; None without rows."""
     panels = [(shape, _values(shape_rows, _rate)) for shape, shape_rows in _by_shape(rows).items()]
-    return _panels(rows, panels, "TFLOP/s", f"{_pass(rows)}, TFLOP/s (more is better)")
+    return panels_of_bars(rows, panels, "TFLOP/s", f"{_pass(rows)}, TFLOP/s (more is better)")
 
 
 def ratio_bars(rows: Rows) -> Any:
@@ -105,7 +81,7 @@ def ratio_bars(rows: Rows) -> Any:
         if values:
             panels.append((shape, values))
     title = f"{_pass(rows)}: peer's time / flexjax's (more is better; black: must, dashed: goal)"
-    figure = _panels(rows, panels, "ratio", title)
+    figure = panels_of_bars(rows, panels, "ratio", title)
     for axes in figure.axes if figure is not None else ():
         axes.axhline(1.0, color="0.4", linewidth=0.8, zorder=0)
     return figure
@@ -131,24 +107,22 @@ def length_lines(rows: Rows) -> Any:
         return None
     columns = min(3, len(series))
     lines = -(-len(series) // columns)
-    figure = _figure(4.2 * columns, 3.0 * lines)
+    figure = figure_of(4.2 * columns, 3.0 * lines)
     for place, ((variant, dim, *_), panel) in enumerate(sorted(series.items()), 1):
         axes = figure.add_subplot(lines, columns, place)
-        for peer in _ordered(panel):
+        for peer in ordered(panel):
             lengths, rates = zip(*sorted(panel[peer].items()), strict=True)
-            axes.plot(lengths, rates, "o-", color=_colour(peer), label=peer, markersize=3)
+            axes.plot(lengths, rates, "o-", color=colour(peer), label=peer, markersize=3)
         axes.set_xscale("log", base=2)
         ticks = sorted({length for points in panel.values() for length in points})
         axes.set_xticks(ticks, [str(length) for length in ticks], fontsize=7)
         axes.set(title=f"{variant}, D {dim}", xlabel="length", ylabel="TFLOP/s", ylim=(0, None))
         axes.grid(alpha=0.3)
-    _legend(figure, rows)
+    legend(figure, rows)
     return figure
 
 
-# -- panels of bars ---------------------------------------------------------------------------------
-
-Values = dict[str, dict[str, tuple[float, Any]]]  # variant -> peer -> (height, target)
+# -- what the bars show ------------------------------------------------------------------------------
 
 
 def _rate(row: dict[str, Any], mine: dict[str, Any] | None) -> tuple[float, Any] | None:
@@ -184,88 +158,13 @@ def _values(rows: Rows, value: Callable[..., Any]) -> Values:
     return values
 
 
-def _panels(rows: Rows, panels: list[tuple[str, Values]], label: str, title: str) -> Any:
-    """A figure with one axes a shape: wide shapes on lines of their own, the others side by side."""
-    if not panels:
-        return None
-    wide = [panel for panel in panels if len(panel[1]) > 3]
-    narrow = [panel for panel in panels if len(panel[1]) <= 3]
-    lines = [[panel] for panel in wide] + [narrow[i : i + 4] for i in range(0, len(narrow), 4)]
-    figure = _figure(11.0, 3.1 * len(lines) + 0.6)
-    grid = figure.add_gridspec(len(lines), 1)
-    for line, panels_of_line in enumerate(lines):
-        parts = grid[line].subgridspec(1, len(panels_of_line))
-        for place, (shape, values) in enumerate(panels_of_line):
-            _bars(figure.add_subplot(parts[place]), shape, values, label)
-    _legend(figure, [row for row in rows if _drawn(row, panels)])
-    devices = ", ".join(sorted({row["device"] for row in rows}))
-    figure.suptitle(f"{title}; {devices}", fontsize=10)
-    return figure
-
-
-def _drawn(row: dict[str, Any], panels: list[tuple[str, Values]]) -> bool:
-    return any(row["peer"] in found for _, values in panels for found in values.values())
-
-
-def _bars(axes: Any, shape: str, values: Values, label: str) -> None:
-    most = max(map(len, values.values()))
-    width = min(0.84 / most, 0.2)
-    for place, found in enumerate(values.values()):
-        for index, peer in enumerate(_ordered(found)):
-            height, bar = found[peer]
-            x = place + (index - (len(found) - 1) / 2) * width
-            axes.bar(x, height, 0.94 * width, color=_colour(peer))
-            # At the foot of the bar, where no line of a target crosses it.
-            axes.annotate(
-                f"{height:.0f}" if height >= 10 else f"{height:.2f}",
-                (x, 0),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color="white",
-                fontsize=7,
-                rotation=90 if most > 3 else 0,
-            )
-            if bar is not None:
-                _mark(axes, x, width, bar)
-    axes.set_xticks(range(len(values)), list(values), fontsize=8)
-    axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_title(shape, fontsize=9)
-    axes.set_ylabel(label, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-
-
-def _mark(axes: Any, x: float, width: float, bar: Any) -> None:
-    """What must be reached and what is aimed at, as lines across the bar."""
-    half = 0.55 * width
-    axes.hlines(bar.must, x - half, x + half, color="black", linewidth=1.6)
-    if bar.goal is not None:
-        axes.hlines(bar.goal, x - half, x + half, color="black", linewidth=1.0, linestyle="--")
-
-
-# -- figures ----------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _legend(figure: Any, rows: Rows) -> None:
-    from matplotlib.patches import Patch
-
-    peers = _ordered({row["peer"] for row in rows})
-    patches = [Patch(color=_colour(peer), label=peer) for peer in peers]
-    figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=8)
-
-
-def _ordered(peers: Any) -> list[str]:
-    known = list(_COLOURS)
-    return sorted(peers, key=lambda peer: (known.index(peer) if peer in known else 99, peer))
-
-
-def _colour(peer: str) -> str:
-    return _COLOURS.get(peer, _OTHER)
+_ATTENTION = {"tflops": tflops_bars, "ratios": ratio_bars, "lengths": length_lines}
+# What is drawn of each suite, and under which name. A suite without rows has no pictures.
+PICTURES: dict[str, dict[str, Callable[[Rows], Any]]] = {
+    "forward": _ATTENTION,
+    "backward": _ATTENTION,
+    "mask": {"times": mask_lines},
+    "decode": {"bandwidth": bandwidth_bars},
+    "train": {"tokens": token_bars},
+    "infer": {"bandwidth": bandwidth_bars, "tokens": token_bars},
+}

@@ -37,6 +37,8 @@ KEYS = (
     "result_mb",  # of a block mask alone
     "peak_mb",
     "compile_s",
+    "tokens_s",  # train, infer
+    "mfu",  # of the FLOP that the model asks for; config names the peak
     "error",  # relative, against the float64 reference
     "nats",  # loss a byte above that of full attention
     "full_nats",

@@ -24,6 +24,8 @@ ROOT = str(Path(FOLDER).parent)
 COMMANDS = {
     "forward": ("benchmarks.forward", "the forward pass of every variant"),
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
+    "train": ("benchmarks.train", "a training step of 8B-sized layers on packed documents"),
+    "infer": ("benchmarks.infer", "decoding steps of 8B-sized layers, and prompts with a window"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "decode": ("benchmarks.decode", "one step of decoding, beside the bandwidth of memory"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),

@@ -56,7 +56,8 @@ def run(
     """
     reasons: dict[str, str] = {}
     if able is None:
-        able, reasons = peers.partition(list(settings.peers or default_peers))
+        names = list(settings.peers or default_peers)
+        able, reasons = peers.partition(names + peers.base_name(settings.base))
     origin, run_id = records.provenance(), records.new_run()
     path = records.results_file(settings.out, suite.name, run_id, origin["device"])
     progress = Progress(suite.count(settings))

@@ -29,6 +29,7 @@ class Settings:
         out: folder of the rows; None for the committed results.
         write: whether rows are written at all.
         minutes: after these no further case is begun; None for no bound.
+        base: another version of flexjax to measure beside this one; see `benchmarks.peers.flexjax_base`.
     """
 
     shapes: tuple[Shape, ...]
@@ -40,6 +41,7 @@ class Settings:
     out: Path | None
     write: bool
     minutes: float | None
+    base: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--minutes", type=float, help="begin no case after these")
     parser.add_argument(
+        "--base",
+        help="another version of flexjax to measure beside this one: a commit, or a folder that holds the package",
+    )
+    parser.add_argument(
         "--block-size", type=_block_size, default=(128, 128), help="flexjax's blocks: 128 or 64x128"
     )
     parser.add_argument(
@@ -95,6 +101,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         out=arguments.out,
         write=not arguments.quick or arguments.out is not None,
         minutes=arguments.minutes,
+        base=arguments.base,
     )
 
 

@@ -16,8 +16,9 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 def case_key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows of the same attention share."""
-    sizes = (row[key] for key in ("B", "Hq", "Hkv", "L", "S", "D"))
-    return row["suite"], row["variant"], row["dtype"], *sizes, row.get("window")
+    names = ("dtype", "B", "Hq", "Hkv", "L", "S", "D", "window", "page")
+    lengths = tuple(row.get("lengths", ()))  # of sequences in caches, where they differ
+    return row["suite"], row["variant"], *(row.get(name) for name in names), lengths
 
 
 def by_case(rows: Rows) -> list[Rows]:

@@ -516,6 +516,23 @@ def test_the_command_measures_writes_and_draws(suite, tmp_path, monkeypatch, cap
     assert pictures == {f"{suite}-tflops.png", f"{suite}-ratios.png"}
 
 
+def test_another_version_runs_in_a_process_of_its_own():
+    root = Path(run.ROOT)
+    peer = peers.make_peer(f"flexjax@{root}")
+    assert peer.missing() is None
+    shape = SHAPES["D64"].shrunk()
+    case = peers.Case(shape, VARIANTS["noop"], Inputs(shape, "bfloat16", 3))
+    theirs, ours = peer.prepare(case), flexjax_peer.Flexjax().prepare(case)
+    assert (theirs.layout, theirs.input_sets) == (ours.layout, ours.input_sets)
+    pairs = [(0, 1), (1, 0)]
+    for found, expected in zip(*(c.heads(c.call(1), pairs) for c in (theirs, ours)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    unknown = dataclasses.replace(case.variant, name="no such variant")
+    with pytest.raises(RuntimeError, match="KeyError: 'no such variant'"):
+        peer.prepare(dataclasses.replace(case, variant=unknown))
+    assert "git cannot bring" in peers.make_peer("flexjax@no/such/revision").missing()
+
+
 @pytest.mark.parametrize("variant", ["soft_cap", "rel_table", "document"])
 def test_reference_gradients_are_those_of_jax(variant):
     shape = SHAPES["D64"].shrunk()

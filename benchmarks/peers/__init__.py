@@ -11,6 +11,7 @@ from benchmarks.peers.base import Contender as Contender
 from benchmarks.peers.base import Options as Options
 from benchmarks.peers.base import Peer as Peer
 from benchmarks.peers.fa3 import FlashAttention3
+from benchmarks.peers.flexjax_base import FlexjaxBase
 from benchmarks.peers.flexjax_peer import Flexjax
 from benchmarks.peers.jax_cudnn import JaxNn
 from benchmarks.peers.tokamax_peer import Tokamax
@@ -29,7 +30,7 @@ _MAKERS = {
     "tokamax": Tokamax,
     "fa3": FlashAttention3,
 }
-NAMES = ("flexjax", "flexjax/BACKEND", *_MAKERS)
+NAMES = ("flexjax", "flexjax/BACKEND", "flexjax@COMMIT", *_MAKERS)
 
 # jax_xla holds the score matrix, torch_flex_autotuned compiles for minutes and torch_fa2 is never the best:
 # they run where they are named.
@@ -43,12 +44,20 @@ def make_peer(name: str) -> Peer:
     Raises:
         ValueError: there is none.
     """
+    package, at, version = name.partition("@")
+    if package == "flexjax" and at:
+        return FlexjaxBase(version)
     base, _, backend = name.partition("/")
     if base == "flexjax":
         return Flexjax(backend or None)
     if name not in _MAKERS:
         raise ValueError(f"There is no peer {name!r}. Choose from {', '.join(NAMES)}.")
     return _MAKERS[name]()
+
+
+def base_name(base: str | None) -> list[str]:
+    """The name, in a list, of the peer that is another version of flexjax; an empty list for None."""
+    return [] if base is None else [f"flexjax@{base}"]
 
 
 def add_peers_folder() -> None:
