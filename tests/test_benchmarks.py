@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from benchmarks import (
     mask,
+    neighborhood,
     peers,
     plots,
     records,
@@ -28,6 +30,7 @@ from benchmarks import (
 )
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
+from benchmarks.settings import QUICK_PLAN
 from benchmarks.timing import Plan, interleaved
 from benchmarks.variants import SHAPES, VARIANTS, Shape, document_ids, visited_blocks, work
 from flexjax import create_block_mask, flex_attention
@@ -569,3 +572,18 @@ def test_mask_suite_gives_no_time_to_a_wrong_mask(monkeypatch, tmp_path):
     for row in records.read([file]):
         assert "ms" not in row
         assert "wrong result" in row["failure"]
+
+
+def test_neighborhood_suite(monkeypatch):
+    """Layouts compute the same gradients, also where queries and keys stand in different orders."""
+    shape = neighborhood.Problem((8, 16), (3, 5), 1, 2, 16)
+    inputs = Inputs(shape.shape, "bfloat16")
+    layouts = {
+        "rows": neighborhood.Layout((64, 64)),
+        "tiles": neighborhood.Layout((64, 32), (8, 8), (4, 8), (1, 2)),
+    }
+    monkeypatch.setattr(neighborhood, "LAYOUTS", layouts)
+    rows = neighborhood.measure(shape, inputs, list(layouts), QUICK_PLAN, backward=True)
+    assert all(row["error"] < 0.02 and row["ms"] > 0 for row in rows)
+    assert [row["config"]["keys_a_query"] for row in rows] == [128.0, 192.0]
+    assert re.search(r"tiles +[\d.]+ ms +[\d.]+x  blocks 64x32", neighborhood.summary(rows))

@@ -12,6 +12,10 @@ import warnings
 
 from flexjax.masks._types import MaskMod as MaskMod
 from flexjax.masks.block_diffusion import block_diffusion as block_diffusion
+from flexjax.masks.canvas_order import CanvasOrder as CanvasOrder
+from flexjax.masks.canvas_order import morton_order as morton_order
+from flexjax.masks.canvas_order import row_order as row_order
+from flexjax.masks.canvas_order import tiled_order as tiled_order
 from flexjax.masks.causal import causal as causal
 from flexjax.masks.chunked import chunked as chunked
 from flexjax.masks.combine import and_masks as and_masks
@@ -24,8 +28,10 @@ from flexjax.masks.document import document_from_cu_seqlens as document_from_cu_
 from flexjax.masks.document import document_from_lengths as document_from_lengths
 from flexjax.masks.document import document_from_offsets as document_from_offsets
 from flexjax.masks.global_window import global_window as global_window
+from flexjax.masks.neighborhood import neighborhood as neighborhood
 from flexjax.masks.neighborhood import neighborhood_1d as neighborhood_1d
 from flexjax.masks.neighborhood import neighborhood_2d as neighborhood_2d
+from flexjax.masks.neighborhood import neighborhood_3d as neighborhood_3d
 from flexjax.masks.padding import padding as padding
 from flexjax.masks.prefix_lm import prefix_lm as prefix_lm
 from flexjax.masks.shared_prefix import shared_prefix as shared_prefix
