@@ -33,7 +33,7 @@ def neighborhood_1d(length: int, window: int) -> MaskMod:
     window = _check_window("neighborhood_1d()", "window", window, length)
 
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return _near(q_idx, kv_idx, length, window)
+        return near(q_idx, kv_idx, length, window)
 
     return named(mask, f"neighborhood_1d_{length}_{window}")
 
@@ -193,7 +193,7 @@ def _row_by_row(
         allowed = True
         places = zip(coordinates(q_idx), coordinates(kv_idx), lengths, windows, strict=True)
         for query, key, length, size in places:
-            allowed = allowed & _near(query, key, length, size)
+            allowed = allowed & near(query, key, length, size)
         return allowed
 
     return named(mask, f"{function}_{_times(lengths)}_{_times(windows)}")
@@ -217,7 +217,7 @@ def _remainders(coordinates: np.ndarray, dilation: tuple[int, ...]) -> np.ndarra
     return np.ravel_multi_index(tuple(remainders), dilation).astype(np.int32)
 
 
-def _near(query: Any, key: Any, length: int, window: int) -> Any:
+def near(query: Any, key: Any, length: int, window: int) -> Any:
     """Whether `key` lies in the window of `query` along one dimension."""
     start = jnp.clip(query - window // 2, 0, length - window)
     return (start <= key) & (key < start + window)
