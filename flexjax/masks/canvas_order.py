@@ -218,3 +218,13 @@ def _grid(canvas: tuple[int, ...]) -> Int32[np.ndarray, "N tokens"]:
 
 def _times(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
+
+
+if __name__ == "__main__":
+    from flexjax.masks import morton_order, neighborhood, tiled_order
+    from flexjax.masks._draw import draw_mask
+
+    draw_mask(
+        neighborhood(tiled_order((8, 8), (2, 4)), (3, 3)),
+        neighborhood(morton_order((8, 8)), (3, 3)),
+    )

@@ -78,4 +78,4 @@ def sliding_tile(
 if __name__ == "__main__":
     from flexjax.masks._draw import draw_mask
 
-    draw_mask(sliding_tile((8, 16), (4, 4), (1, 3), text_length=16), q_len=144, kv_len=144)
+    draw_mask(sliding_tile((6, 8), (2, 2), (3, 1), text_length=16))

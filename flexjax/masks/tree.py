@@ -79,4 +79,4 @@ if __name__ == "__main__":
     from flexjax.masks._draw import draw_mask
 
     parents = [-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, -1, 12, 12, 13]
-    draw_mask(tree(parents, prefix=16), q_len=32, kv_len=32)
+    draw_mask(tree(parents, prefix=48))
