@@ -143,10 +143,22 @@ class BlockMask:
         total = counts.size * self.geometry.cols
         return 100.0 * (1.0 - float(counts.sum()) / total) if total else 0.0
 
+    @property
+    def _known(self) -> bool:
+        """Whether the lists are arrays with values."""
+        known = isinstance(self.kv_num_blocks, (jax.Array, np.ndarray))
+        return known and not _compat.is_tracer(self.kv_num_blocks)
+
+    def _repr_html_(self) -> str | None:
+        """What notebooks show; None, and so the plain text, for a mask without values."""
+        if not self._known:
+            return None
+        from flexjax.visualize import blocks_html
+
+        return blocks_html(self)
+
     def __str__(self) -> str:
-        if not isinstance(self.kv_num_blocks, (jax.Array, np.ndarray)) or _compat.is_tracer(
-            self.kv_num_blocks
-        ):
+        if not self._known:
             return repr(self)
         from flexjax.visualize import blocks_text
 

@@ -93,8 +93,9 @@ def graph_edge_bias(
 
 
 if __name__ == "__main__":
+    import numpy as np
+
     from flexjax.masks._draw import draw_score
 
-    places = jnp.arange(64)
-    ring = jnp.minimum((places[:, None] - places) % 64, (places - places[:, None]) % 64)
-    draw_score(graph_distance_bias(-jnp.arange(20.0)[None], ring))
+    ahead = np.subtract.outer(np.arange(64), np.arange(64)) % 64
+    draw_score(graph_distance_bias(-np.arange(20.0)[None], np.minimum(ahead, 64 - ahead)))
