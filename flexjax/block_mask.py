@@ -416,6 +416,40 @@ class BlockMask:
             max_blocks,
         )
 
+    @classmethod
+    def from_mixed_blocks(
+        cls,
+        levels: Sequence[tuple[int | tuple[int, int], Bool[Array, "B H R C"]]],
+        *,
+        seq_lengths: tuple[int, int],
+        mask_mod: MaskMod | None = None,
+        compute_q_blocks: bool = True,
+        max_blocks: int | tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """A BlockMask of blocks of several sizes: coarse where whole regions are wanted, fine where it matters.
+
+        Usable inside `jax.jit` with traced levels: a coarse level may come from few, pooled scores, and a fine one
+        from scores that are made only where they matter. The mask has the finest size, which is what kernels
+        visit: a coarse block becomes a run of neighbours in the lists.
+
+        Args:
+            levels: (block size, blocks) each. The blocks are booleans [B, H, rows, columns], True where a block of
+                that size is visited; B and H may be 1. Sizes are whole multiples of the finest. What any level
+                names is visited, once.
+            seq_lengths: (L, S) in tokens.
+            mask_mod: the mask inside visited blocks; those in which it allows nothing are skipped. None allows
+                every position.
+            compute_q_blocks: False makes an inference-only mask.
+            max_blocks: see `create_block_mask`.
+
+        Raises:
+            TypeError: the blocks of a level are not boolean.
+            ValueError: there is no level, a size is no multiple of the finest, or a shape does not fit.
+        """
+        from flexjax.block_creation import mix_blocks
+
+        return mix_blocks(levels, mask_mod, seq_lengths, compute_q_blocks, max_blocks)
+
 
 def assemble(
     lists: Sequence[Any],

@@ -60,4 +60,4 @@ def image_text(intervals: Int[ArrayLike, "N 2"], image_tokens: int) -> MaskMod:
 if __name__ == "__main__":
     from flexjax.masks._draw import draw_mask
 
-    draw_mask(image_text([[0, 14], [14, 40], [40, 64], [40, 64]], 16))
+    draw_mask(image_text(np.array([[0, 14], [14, 40], [40, 64], [40, 64]]), 16))

@@ -140,7 +140,9 @@ def reformer_attention(
             return jnp.where(allowed, score, -jnp.inf)
 
         out, lse = flex_attention(
-            *map(sorted_by_bucket, (query, key, value)),
+            sorted_by_bucket(query),
+            sorted_by_bucket(key),
+            sorted_by_bucket(value),
             score_mod,
             block_mask,
             scale=scale,
