@@ -27,6 +27,7 @@ COMMANDS = {
     "backward": ("benchmarks.backward", "the backward pass alone of every variant"),
     "tune": ("benchmarks.tune", "configurations of flexjax's own kernels beside each other"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
+    "mask_memory": ("benchmarks.mask_memory", "bytes of block masks"),
     "neighborhood": ("benchmarks.neighborhood", "2-D neighbourhoods by the order of their tokens"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }

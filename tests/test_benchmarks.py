@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import (
     mask,
+    mask_memory,
     neighborhood,
     peers,
     plots,
@@ -587,3 +588,14 @@ def test_neighborhood_suite(monkeypatch):
     assert all(row["error"] < 0.02 and row["ms"] > 0 for row in rows)
     assert [row["config"]["keys_a_query"] for row in rows] == [128.0, 192.0]
     assert re.search(r"tiles +[\d.]+ ms +[\d.]+x  blocks 64x32", neighborhood.summary(rows))
+
+
+def test_mask_memory_counts_the_lists():
+    rows = list(mask_memory.measure([1024]))
+    found = {(r["variant"], r["block_size"][0], r["peer"]): r["result_mb"] for r in rows}
+    # Two lists of 4 bytes a block and two counts a row, once by rows and once by columns.
+    assert found["causal", 128, "padded"] == round(4 * (4 * 8 * 8 + 4 * 8) / 1e6, 4)
+    # One partial block a row, and up to 7 full ones, rounded up to 8.
+    assert found["causal", 128, "compact"] == round(2 * 4 * 8 * (2 + 1 + 8) / 1e6, 4)
+    assert found["causal", 128, "inference"] == round(4 * 8 * (2 + 1 + 8) / 1e6, 4)
+    assert mask_memory.table(rows).count("\n") == 1 + 9
