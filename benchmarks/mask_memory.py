@@ -3,7 +3,8 @@
     python benchmarks/run.py mask_memory
 
 Masks are built and the bytes of their arrays added up; nothing is timed. `padded` is what `create_block_mask`
-makes by default, `compact` what compact=True makes, `inference` a compact one without the lists of the backward pass.
+makes by default, `compact` what compact=True makes, `inference` a compact one without the lists of the backward
+pass.
 """
 
 from __future__ import annotations
