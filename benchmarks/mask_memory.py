@@ -99,6 +99,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if (row["S"], row["block_size"][0], row["variant"]) == case
         }
         density = found["padded"]["density"]
-        sizes = (f"{found[kind]['result_mb']:.3g}" for kind in KINDS)
+        sizes = (f"{found[kind]['result_mb']:.4g}" for kind in KINDS)
         lines.append(f"| {case[0]} | {case[1]} | {case[2]} | {density:.2%} | {' | '.join(sizes)} |")
     return "\n".join(lines)

@@ -22,23 +22,18 @@ def test_coarser_states_are_those_of_coarser_blocks(lengths):
             np.testing.assert_array_equal(coarsened(jnp.asarray(fine), rows, cols), exact)
 
 
-def documents(length, mean, seed=0):
-    cuts = np.random.default_rng(seed).permutation(length - 1)[: length // mean - 1] + 1
-    return masks.document_from_offsets([0, *sorted(cuts.tolist()), length], causal=True)
-
-
 @pytest.mark.parametrize(
     ("mod", "size"),
     [
         (masks.noop_mask, (128, 128)),
         (masks.causal(), (128, 128)),
         (masks.sliding_window(512), (128, 128)),
-        (documents(4096, 32), (128, 64)),
+        (masks.within_groups(masks.causal(), 40), (64, 64)),
         (masks.within_groups(masks.causal(), 64), (64, 64)),
     ],
-    ids=["noop", "causal", "window", "short documents", "groups"],
+    ids=["noop", "causal", "window", "short groups", "aligned groups"],
 )
-def test_dense_masks_get_large_blocks_and_short_documents_small_ones(mod, size):
+def test_dense_masks_get_large_blocks_and_short_groups_small_ones(mod, size):
     mask = create_block_mask(mod, None, None, 4096, 4096, "auto", compute_q_blocks=False)
     assert mask.block_size == size
     exact = create_block_mask(mod, None, None, 4096, 4096, size, compute_q_blocks=False)
