@@ -227,7 +227,7 @@ def main() -> int:
     block = 16
     chosen, functions = mask_systems(16, block), check_functions()
     if os.environ.get("FLEXJAX_SMOKE") == "1":  # every one is tested elsewhere
-        chosen, functions = chosen[2::3], {"Reformer": functions["Reformer"]}
+        chosen, functions = chosen[2::6], {"Reformer": functions["Reformer"]}
     report = Table(title=f"256 tokens in blocks of {block}, float32")
     report.add_column("system", no_wrap=True)
     for title in ("arXiv", "blocks\nskipped", "pairs\nvisible", "error"):
