@@ -4,6 +4,7 @@
     python benchmarks/run.py forward --quick              # seconds, on a CPU too
     python benchmarks/run.py forward --shapes D128 --variants causal,soft_cap --peers flexjax,torch_flex
     python benchmarks/run.py mask                         # building block masks
+    python benchmarks/run.py neighborhood                 # tokens row by row, in tiles, along Morton's curve
     python benchmarks/run.py plot                         # from the committed rows
 
 benchmarks/README.md says what is measured and how.
@@ -30,6 +31,8 @@ COMMANDS = {
     "decode": ("benchmarks.decode", "one step of decoding, beside the bandwidth of memory"),
     "mask": ("benchmarks.mask", "building block masks: time and memory"),
     "pages": ("benchmarks.pages", "the quality of attention to a few pages of a cache"),
+    "mask_memory": ("benchmarks.mask_memory", "bytes of block masks"),
+    "neighborhood": ("benchmarks.neighborhood", "2-D neighbourhoods by the order of their tokens"),
     "plot": ("benchmarks.plots", "pictures from committed rows"),
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -14,6 +16,7 @@ from flexjax.block_arguments import block_pair, lengths, positive
 from flexjax.block_lists import EMPTY, Geometry, lists_from_states, most_blocks
 from flexjax.block_mask import BlockMask, MaskMod, assemble
 from flexjax.block_selection import check_scores, selected_blocks
+from flexjax.block_sizes import AUTO, FINEST, cheapest_size, coarsened, union_of_levels
 from flexjax.block_states import block_states, block_states_on_host
 from flexjax.masks.combine import noop_mask
 from flexjax.mods.evaluate import evaluate
@@ -35,12 +38,12 @@ def create_block_mask(
     H: int | None,
     Q_LEN: int,
     KV_LEN: int,
-    block_size: int | tuple[int, int] = 128,
+    block_size: int | tuple[int, int] | str = 128,
     *,
     compute_q_blocks: bool = True,
     compact: bool = False,
     max_blocks: int | tuple[int, int] | None = None,
-    BLOCK_SIZE: int | tuple[int, int] | None = None,
+    BLOCK_SIZE: int | tuple[int, int] | str | None = None,
 ) -> BlockMask:
     """Finds the blocks that `mask_mod` leaves anything in.
 
@@ -56,7 +59,11 @@ def create_block_mask(
         H: query heads that the mask distinguishes; None or 1 makes one mask for all of them.
         Q_LEN: number of queries L.
         KV_LEN: number of keys S.
-        block_size: block length in tokens, or (q_block, kv_block). Any positive lengths.
+        block_size: block length in tokens, or (q_block, kv_block). Any positive lengths. "auto" takes that of
+            (128, 128), (128, 64), (64, 128) and (64, 64), the sizes of the GPU kernels, of which the visited
+            scores, weighed by what a score costs in blocks of that size, are cheapest: see
+            `flexjax.block_sizes`. Short documents and neighbourhoods get smaller blocks. What the mask
+            captures must not be traced; another mask may get another size, and so recompile what uses it.
         compute_q_blocks: False makes an inference-only mask, which is smaller and has no backward pass.
         compact: fit the lists' widths to the fullest row and column, rounded up to a power of two. The mask
             must not be traced; another mask may have other widths, and so recompile what uses it.
@@ -67,17 +74,21 @@ def create_block_mask(
 
     Raises:
         TypeError: mask_mod is not a traceable boolean function of four indices.
-        ValueError: a length, count or block size is not a positive integer, `compact` meets a traced mask, or
-            `compact` and `max_blocks` are both given.
+        ValueError: a length, count or block size is not a positive integer, `compact` or `block_size="auto"`
+            meets a traced mask, or `compact` and `max_blocks` are both given.
     """
-    block_size = block_pair(block_size, BLOCK_SIZE)
-    geometry = Geometry(*lengths(Q_LEN, KV_LEN), *block_size)
+    chooses = AUTO in (block_size, BLOCK_SIZE)
+    pair = FINEST if chooses else block_pair(block_size, BLOCK_SIZE)
+    geometry = Geometry(*lengths(Q_LEN, KV_LEN), *pair)
     batch = 1 if B is None else positive(B, "B")
     heads = 1 if H is None else positive(H, "H")
     limits = _limits(max_blocks, compact)
     ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
     graph, captures = _traced(mask_mod, ranges)
-    states = _states(graph, captures, geometry, batch, heads)
+    if chooses:
+        states, geometry = _in_best_size(graph, captures, geometry, batch, heads)
+    else:
+        states = _states(graph, captures, geometry, batch, heads)
     return _from_states(
         states,
         geometry,
@@ -109,6 +120,51 @@ def _states(
         except NotImplementedError:  # an operation that NumPy lacks
             pass
     return block_states(graph, captures, geometry, batch, heads)
+
+
+def _in_best_size(
+    graph: Graph, captures: Sequence[Any], geometry: Geometry, batch: int, heads: int
+) -> tuple[Any, Geometry]:
+    """States of the blocks of the cheapest size, and the tiling by it."""
+    if any(map(_compat.is_tracer, captures)):
+        raise ValueError(
+            'block_size="auto" follows from the mask\'s contents, which are not known while JAX is tracing: '
+            "mask_mod captures traced arrays. Build the mask outside jax.jit, or name a block size."
+        )
+    with jax.ensure_compile_time_eval():
+        states = _states(graph, captures, geometry, batch, heads)
+        size = cheapest_size(states)
+        states = coarsened(states, size[0] // FINEST[0], size[1] // FINEST[1])
+    return states, dataclasses.replace(geometry, q_block=size[0], kv_block=size[1])
+
+
+def mix_blocks(
+    levels: Sequence[tuple[Any, Any]],
+    mask_mod: MaskMod | None,
+    seq_lengths: tuple[int, int],
+    compute_q_blocks: bool,
+    max_blocks: Any,
+) -> BlockMask:
+    """See `BlockMask.from_mixed_blocks`."""
+    if not levels:
+        raise ValueError("A mask of mixed blocks needs at least one level, (block size, blocks).")
+    sized = [(block_pair(size, None), blocks) for size, blocks in levels]
+    finest = tuple(min(size[axis] for size, _ in sized) for axis in (0, 1))
+    geometry = Geometry(*lengths(*seq_lengths), *finest)
+    named = replicated(union_of_levels(sized, geometry))
+    batch, heads = named.shape[:2]
+    ranges = index_ranges(batch, heads, geometry.q_len, geometry.kv_len)
+    graph, captures = _traced(mask_mod or noop_mask, ranges)
+    states = jnp.asarray(_states(graph, captures, geometry, batch, heads))
+    return _from_states(
+        jnp.where(named, states, EMPTY),
+        geometry,
+        graph,
+        captures,
+        _limits(max_blocks, False) or (None, None),
+        compute_q_blocks,
+        flagged=max_blocks is not None,
+    )
 
 
 def _limits(max_blocks: Any, compact: bool) -> tuple[int, int] | None:

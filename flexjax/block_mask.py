@@ -143,10 +143,22 @@ class BlockMask:
         total = counts.size * self.geometry.cols
         return 100.0 * (1.0 - float(counts.sum()) / total) if total else 0.0
 
+    @property
+    def _known(self) -> bool:
+        """Whether the lists are arrays with values."""
+        known = isinstance(self.kv_num_blocks, (jax.Array, np.ndarray))
+        return known and not _compat.is_tracer(self.kv_num_blocks)
+
+    def _repr_html_(self) -> str | None:
+        """What notebooks show; None, and so the plain text, for a mask without values."""
+        if not self._known:
+            return None
+        from flexjax.visualize import blocks_html
+
+        return blocks_html(self)
+
     def __str__(self) -> str:
-        if not isinstance(self.kv_num_blocks, (jax.Array, np.ndarray)) or _compat.is_tracer(
-            self.kv_num_blocks
-        ):
+        if not self._known:
             return repr(self)
         from flexjax.visualize import blocks_text
 
@@ -403,6 +415,40 @@ class BlockMask:
             compute_q_blocks,
             max_blocks,
         )
+
+    @classmethod
+    def from_mixed_blocks(
+        cls,
+        levels: Sequence[tuple[int | tuple[int, int], Bool[Array, "B H R C"]]],
+        *,
+        seq_lengths: tuple[int, int],
+        mask_mod: MaskMod | None = None,
+        compute_q_blocks: bool = True,
+        max_blocks: int | tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """A BlockMask of blocks of several sizes: coarse where whole regions are wanted, fine where it matters.
+
+        Usable inside `jax.jit` with traced levels: a coarse level may come from few, pooled scores, and a fine one
+        from scores that are made only where they matter. The mask has the finest size, which is what kernels
+        visit: a coarse block becomes a run of neighbours in the lists.
+
+        Args:
+            levels: (block size, blocks) each. The blocks are booleans [B, H, rows, columns], True where a block of
+                that size is visited; B and H may be 1. Sizes are whole multiples of the finest. What any level
+                names is visited, once.
+            seq_lengths: (L, S) in tokens.
+            mask_mod: the mask inside visited blocks; those in which it allows nothing are skipped. None allows
+                every position.
+            compute_q_blocks: False makes an inference-only mask.
+            max_blocks: see `create_block_mask`.
+
+        Raises:
+            TypeError: the blocks of a level are not boolean.
+            ValueError: there is no level, a size is no multiple of the finest, or a shape does not fit.
+        """
+        from flexjax.block_creation import mix_blocks
+
+        return mix_blocks(levels, mask_mod, seq_lengths, compute_q_blocks, max_blocks)
 
 
 def assemble(

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 from benchmarks import (
     decode_steps,
     mask,
+    mask_memory,
+    neighborhood,
     peers,
     plots,
     records,
@@ -30,6 +33,7 @@ from benchmarks import (
 from benchmarks.decode_steps import DecodeStep
 from benchmarks.inputs import Inputs
 from benchmarks.peers import fa3, flexjax_peer
+from benchmarks.settings import QUICK_PLAN
 from benchmarks.timing import Plan, interleaved
 from benchmarks.variants import SHAPES, VARIANTS, Shape, document_ids, visited_blocks, work
 from flexjax import create_block_mask, flex_attention
@@ -588,6 +592,33 @@ def test_mask_suite_gives_no_time_to_a_wrong_mask(monkeypatch, tmp_path):
     for row in records.read([file]):
         assert "ms" not in row
         assert "wrong result" in row["failure"]
+
+
+def test_neighborhood_suite(monkeypatch):
+    """Layouts compute the same gradients, also where queries and keys stand in different orders."""
+    shape = neighborhood.Problem((8, 16), (3, 5), 1, 2, 16)
+    inputs = Inputs(shape.shape, "bfloat16")
+    layouts = {
+        "rows": neighborhood.Layout((64, 64)),
+        "tiles": neighborhood.Layout((64, 32), (8, 8), (4, 8), (1, 2)),
+    }
+    monkeypatch.setattr(neighborhood, "LAYOUTS", layouts)
+    rows = neighborhood.measure(shape, inputs, list(layouts), QUICK_PLAN, backward=True)
+    assert all(row["error"] < 0.02 and row["ms"] > 0 for row in rows)
+    assert [row["config"]["keys_a_query"] for row in rows] == [128.0, 192.0]
+    assert re.search(r"tiles +[\d.]+ ms +[\d.]+x  blocks 64x32", neighborhood.summary(rows))
+
+
+def test_mask_memory_counts_the_lists(monkeypatch):
+    monkeypatch.setattr(mask_memory, "NAMES", ("causal",))
+    rows = list(mask_memory.measure([1024]))
+    found = {(r["variant"], r["block_size"][0], r["peer"]): r["result_mb"] for r in rows}
+    # Two lists of 4 bytes a block and two counts a row, once by rows and once by columns.
+    assert found["causal", 128, "padded"] == round(4 * (4 * 8 * 8 + 4 * 8) / 1e6, 4)
+    # One partial block a row, and up to 7 full ones, rounded up to 8.
+    assert found["causal", 128, "compact"] == round(2 * 4 * 8 * (2 + 1 + 8) / 1e6, 4)
+    assert found["causal", 128, "inference"] == round(4 * 8 * (2 + 1 + 8) / 1e6, 4)
+    assert mask_memory.table(rows).count("\n") == 1 + 3
 
 
 # -- decode -----------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Pictures: the arrays behind them, text to the letter, and PNGs that show something."""
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 import flexjax
-from flexjax import create_block_mask, masks, scores, visualize
+from flexjax import BlockMask, create_block_mask, masks, scores, visualize
 
 mpl.use("Agg")
 
@@ -283,3 +286,72 @@ def test_plots_without_matplotlib_name_the_extra(monkeypatch):
 def test_bad_arguments(draw, error, message):
     with pytest.raises(error, match=message):
         draw()
+
+
+# Attention and HTML
+
+
+def test_attention_grid_is_softmax_over_what_is_visible():
+    """Grouped heads, a score_mod, a sliced block mask that leaves blocks out: rows without keys give 0."""
+    query, key = jax.random.normal(jax.random.key(0), (2, 2, 4, 12, 8))
+    key = key[:1, :2]
+    states = jnp.ones((1, 1, 3, 3)).at[0, 0, 1].set(-jnp.inf)
+    whole = BlockMask.from_block_scores(
+        states, top_k=2, mask_mod=masks.causal(), block_size=4, seq_lengths=(12, 12)
+    )
+    slopes = scores.alibi(4)
+    options = {"score_mod": slopes, "scale": 0.5}
+    found = visualize.attention_grid(
+        query[:, :, 4:], key, 1, 3, block_mask=whole[:, :, 1:], **options
+    )
+    logits = np.asarray(0.5 * query[1, 3, 4:] @ key[0, 1].T)
+    q, kv = np.ogrid[4:12, :12]
+    logits = logits + np.asarray(scores.alibi_slopes(4))[3] * (kv - q)
+    seen = (kv <= q) & (q >= 8) & (kv < 8)
+    expected = np.where(seen, np.exp(logits), 0)
+    expected[4:] /= expected[4:].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    plain = visualize.attention_grid(query, key, 1, 3, mask_mod=masks.causal(), softmax=False)
+    assert np.isneginf(plain[np.triu_indices(12, 1)]).all()
+    assert np.isfinite(plain[np.tril_indices(12)]).all()
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_plot_attention(softmax, tmp_path):
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 16, 8))
+    ax = visualize.plot_attention(query, key, mask_mod=masks.causal(), softmax=softmax)
+    found = save(ax, tmp_path)
+    assert found["#c8c8c8"] > 1000  # what is masked
+    assert len(found) > 50
+    assert ax.get_title(loc="left") == "batch row 0, head 0"
+
+
+def test_attention_grid_says_what_does_not_fit():
+    query = jnp.ones((2, 4, 8, 8))
+    mask = create_block_mask(masks.causal(), None, None, 16, 16, 8)
+    for options, message in [
+        ({"key": jnp.ones((2, 3, 8, 8))}, "Hkv a divisor of Hq"),
+        ({"key": query, "h": 4}, "one of 4 query heads, but they are 0 and 4"),
+        ({"key": query, "block_mask": mask}, r"block mask is for lengths \(16, 16\)"),
+        ({"key": query, "block_mask": mask, "mask_mod": masks.causal()}, "both were given"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            visualize.attention_grid(query, **options)
+
+
+def test_a_notebook_shows_the_blocks():
+    mask = create_block_mask(masks.document_from_lengths([40, 56], causal=True), 1, 6, 96, 96, 8)
+    shown = mask._repr_html_()
+    assert "BlockMask (1, 6, 96, 96), blocks of 8 x 8, " in shown
+    assert "and 2 more" in shown
+    pictures = re.findall(r"<svg.*?</svg>", shown)
+    assert len(pictures) == 4
+    drawn = np.zeros((12, 12), int)
+    for picture in ET.fromstring(pictures[0]).findall(".//{*}rect[@x]"):
+        x, y, width = (int(picture.get(name)) for name in ("x", "y", "width"))
+        drawn[y, x : x + width] = {"#9cc3e0": 1, "#1f5f99": 2}[picture.get("fill")]
+    np.testing.assert_array_equal(drawn, np.asarray(mask.block_states())[0, 0])
+    assert jax.eval_shape(lambda: mask)._repr_html_() is None
+    wide = create_block_mask(masks.noop_mask, None, None, 100, 20000, 20)._repr_html_()
+    assert wide.count("<rect") == 6
+    assert "full" in wide

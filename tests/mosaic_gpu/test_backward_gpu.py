@@ -216,14 +216,21 @@ CAPTURES = [
                  batch=2, heads=2, mask=causal, kv_heads=1),
 ]  # fmt: skip
 
+# Without a mask and with whole tiles of keys, steps overlap.
+OVERLAPPED = [
+    GradientCase("overlapped_d128", q_len=300, kv_len=768, heads=4, kv_heads=2, batch=2, dim=128),
+    GradientCase("overlapped_one_step", q_len=64, kv_len=128, dim=128),
+    GradientCase("overlapped_d96_blhd", q_len=640, heads=2, dim=96, layout="BLHD", cotangents_of_lse=True),
+    GradientCase("overlapped_dense_bias", score=everything, captures=random((2,), (2, 384), (2, 384), (800,)),
+                 q_len=384, batch=2, heads=2, kv_heads=1, dim=128),
+]  # fmt: skip
+
 OPTIONS = [
     GradientCase(f"options_{i}_{'_'.join(f'{k}_{v}' for k, v in o.items())}_d{d}", mask=m, q_len=700, heads=2,
                  options=o, dim=d)
     for i, (d, m, o) in enumerate((
         (128, causal, {"backward_order": "dk_first"}),
         (64, None, {"backward_order": "dq_first"}),
-        (128, None, {"backward_stagger": True}),
-        (64, causal, {"backward_stagger": True}),
         (64, causal, {"backward_q_tile": 64}),
         (128, causal, {"backward_stages": 1}),
         (128, causal, {"backward_warpgroups": 1}),
@@ -245,7 +252,7 @@ DETERMINED = [
 ]  # fmt: skip
 
 
-@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *CAPTURES, *OPTIONS, *DETERMINED)
+@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *CAPTURES, *OVERLAPPED, *OPTIONS, *DETERMINED)
 def test_backward(case):
     check_gradients(case)
 

@@ -1,7 +1,4 @@
-"""Pictures of masks, scores and block masks: as arrays, as text, and with matplotlib.
-
-The text needs nothing but a terminal; the plots need matplotlib, which the `viz` extra installs.
-"""
+"""Masks, scores and block masks as arrays, as text, and with matplotlib."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +24,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 _GLYPHS = " ░█"
 _SHADES = " ░▒▓█"
 # Two blues and a grey that differ in lightness alone: they survive printing and colour blindness.
-_COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#9cc3e0", FULL: "#1f5f99"}
+COLOURS = {EMPTY: "#f2f2f2", PARTIAL: "#9cc3e0", FULL: "#1f5f99"}
 _INK = "#444444"
 _MASKED = "#c8c8c8"  # darker than the white of a score of zero
 _MAX_PIXELS = 512
@@ -144,10 +141,17 @@ def blocks_text(
         )
     rows = check_integer("blocks_text()", "rows", rows, at_least=1)
     cols = check_integer("blocks_text()", "cols", cols, at_least=1)
+    merged = merged_states(states, rows, cols)
+    return "\n".join("".join(_GLYPHS[state] * width for state in row) for row in merged)
+
+
+def merged_states(
+    states: Integer[np.ndarray, "R C"], rows: int, cols: int
+) -> Integer[np.ndarray, "r c"]:
+    """Block states merged down to at most `rows` x `cols`, as `blocks_text` draws them."""
     lowest = _merge(np.minimum, states, rows, cols)
     highest = _merge(np.maximum, states, rows, cols)
-    merged = np.where(lowest == highest, lowest, PARTIAL)
-    return "\n".join("".join(_GLYPHS[state] * width for state in row) for row in merged)
+    return np.where(lowest == highest, lowest, PARTIAL)
 
 
 def mask_text(
@@ -255,7 +259,7 @@ def plot_mask(
     ax = _new_axes() if ax is None else ax
     # The share of allowed pairs, so that a picture smaller than the mask loses no thin line.
     share = _mean(grid.astype(np.float32), _MAX_PIXELS, _MAX_PIXELS)
-    shades = colors.LinearSegmentedColormap.from_list("allowed", [_COLOURS[EMPTY], _COLOURS[FULL]])
+    shades = colors.LinearSegmentedColormap.from_list("allowed", [COLOURS[EMPTY], COLOURS[FULL]])
     extent = (0, kv_len, q_len, 0)
     ax.imshow(share, cmap=shades, vmin=0, vmax=1, extent=extent, interpolation="nearest")
     _label(ax, name_of(mask_mod) if title is None else title, f"{grid.mean():.1%} allowed")
@@ -298,21 +302,37 @@ def plot_scores(
     """
     require_matplotlib()
     grid = score_grid(score_mod, q_len, kv_len, b, h, scores=scores, mask_mod=mask_mod)
+    return draw_heat(grid, ax=ax, title=name_of(score_mod) if title is None else title)
+
+
+def draw_heat(
+    grid: Float32[np.ndarray, "Q KV"],
+    *,
+    ax: "Axes | None",
+    title: str,
+    colours: str | None = None,
+) -> "Axes":
+    """Draws an array of numbers, -inf in grey: signed ones around white, or in a palette from 0 on."""
     shown = np.ma.masked_invalid(grid)
     low, high = (min(shown.min(), 0.0), max(shown.max(), 0.0)) if shown.count() else (0.0, 0.0)
     limit = max(-low, high) or 1.0
     ax = _new_axes() if ax is None else ax
     ax.set_facecolor(_MASKED)
-    extent = (0, kv_len, q_len, 0)
+    q_len, kv_len = grid.shape
     image = ax.imshow(
-        shown, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, interpolation="nearest"
+        shown,
+        cmap="RdBu_r" if colours is None else colours,
+        vmin=-limit if colours is None else 0.0,
+        vmax=limit,
+        extent=(0, kv_len, q_len, 0),
+        interpolation="nearest",
     )
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
     bar.outline.set_visible(False)
     if low < high:
         bar.ax.set_ylim(low, high)  # white stays zero, and the bar shows what occurs
     bar.ax.tick_params(labelsize=8, color=_INK, labelcolor=_INK, length=2)
-    _label(ax, name_of(score_mod) if title is None else title)
+    _label(ax, title)
     _frame(ax, (0, kv_len), (0, q_len))
     return ax
 
@@ -350,7 +370,7 @@ def plot_blocks(
     ax = _new_axes() if ax is None else ax
     # One pixel a block; the axes then end at the lengths, inside the last block if it is ragged.
     extent = (0, columns * kv_block, first + rows * q_block, first)
-    palette = colors.ListedColormap([_COLOURS[state] for state in (EMPTY, PARTIAL, FULL)])
+    palette = colors.ListedColormap([COLOURS[state] for state in (EMPTY, PARTIAL, FULL)])
     ax.imshow(states, cmap=palette, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest")
     if max(rows, columns) <= 64:
         line = {"color": "white", "linewidth": 0.8 if max(rows, columns) <= 32 else 0.4}
@@ -451,7 +471,7 @@ def _legend(ax: "Axes", states: np.ndarray) -> None:
 
     labels = {FULL: "full", PARTIAL: "partial", EMPTY: "empty"}
     handles = [
-        Patch(facecolor=_COLOURS[state], edgecolor="#bbbbbb", linewidth=0.6, label=label)
+        Patch(facecolor=COLOURS[state], edgecolor="#bbbbbb", linewidth=0.6, label=label)
         for state, label in labels.items()
         if (states == state).any()
     ]
