@@ -23,6 +23,7 @@ from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, Sums
 from flexjax.backends.mosaic_gpu.backward_schedule import Column
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.tile_gradients import Place
 
 
 @dataclasses.dataclass(frozen=True)
