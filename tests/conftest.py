@@ -60,11 +60,33 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that need a GPU where none was asked for."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what was not asked for: interpreted kernels, and what needs a GPU."""
+    _deselect_interpreted(config, items)
     if ON_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU: set FLEXJAX_TEST_GPU=1")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _deselect_interpreted(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes the tests marked `interpreter` out unless `-m` or the name of their file asks for them.
+
+    What is also a smoke test stays: those run everywhere.
+    """
+    if "interpreter" in config.option.markexpr:
+        return
+    folder = config.invocation_params.dir
+    named = {(folder / argument.split("::")[0]).resolve() for argument in config.args}
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("interpreter")
+        and not item.get_closest_marker("smoke")
+        and item.path not in named
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

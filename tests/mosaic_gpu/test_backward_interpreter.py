@@ -94,6 +94,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.interpreter
 @cases(*CASES)
 def test_backward(case):
     check_gradients(case, interpret=True)

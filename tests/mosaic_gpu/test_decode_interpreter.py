@@ -29,6 +29,7 @@ def listed_blocks():
     return create_block_mask(listed, None, 2, 2, 256, (128, 64))
 
 
+@pytest.mark.interpreter
 @cases(
     DecodeCase("ragged_paged_64_alibi", (130, 0, 3), 192, score=scores.alibi(4), heads=4, kv_heads=2, q_len=4,
                dim=16, page=64, options={"kv_tile": 64}),

@@ -6,6 +6,7 @@ registers, the trusting softmax. Everything else is the code that runs on the GP
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flexjax import masks, scores
 from tests.mosaic_gpu.attention import Case, cases, check
@@ -63,6 +64,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.interpreter
 @cases(*CASES)
 def test_forward(case):
     check(case, interpret=True)
