@@ -221,10 +221,11 @@ def _times(sizes: tuple[int, ...]) -> str:
 
 
 if __name__ == "__main__":
-    from flexjax.masks import morton_order, neighborhood, tiled_order
+    from flexjax import masks
     from flexjax.masks._draw import draw_mask
 
+    # By the package, whose CanvasOrder is not this script's.
     draw_mask(
-        neighborhood(tiled_order((8, 8), (2, 4)), (3, 3)),
-        neighborhood(morton_order((8, 8)), (3, 3)),
+        masks.neighborhood(masks.tiled_order((8, 8), (2, 4)), (3, 3)),
+        masks.neighborhood(masks.morton_order((8, 8)), (3, 3)),
     )
