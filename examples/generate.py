@@ -45,7 +45,7 @@ from packed_lm import (
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from flexjax import masks, paged
+from flexjax import decode, masks, paged
 from flexjax.paged import PagedCache
 
 # -- the model, one step at a time ------------------------------------------------------------------
@@ -66,14 +66,14 @@ def forward(
         attention = block.attention
         q, k, v = attention.project(block.attention_norm(x), positions)
         cache = paged.write(cache, k, v, counts, layer=layer, layout="BLHD")
-        y = paged.prefill(
-            jnp.swapaxes(q, 1, 2),
-            cache.layer(layer),
-            mask_mod=masks.causal(),
-            counts=counts,
-            backend=model.config.backend,
-        )
-        x = x + attention.out(jnp.swapaxes(y, 1, 2).reshape(x.shape))
+        here = cache.layer(layer)
+        options = {"mask_mod": masks.causal(), "backend": model.config.backend}
+        if length == 1:
+            y = decode(q, here, layout="BLHD", **options)
+        else:
+            y = paged.prefill(jnp.swapaxes(q, 1, 2), here, counts=counts, **options)
+            y = jnp.swapaxes(y, 1, 2)
+        x = x + attention.out(y.reshape(x.shape))
         x = x + block.down(jax.nn.gelu(block.up(block.mlp_norm(x))))
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     return cache, model.head(model.norm(jnp.take_along_axis(x, last, axis=1)))[:, 0]

@@ -1,4 +1,4 @@
-"""Attention to what a paged cache holds: by prompts, and by the queries of a step."""
+"""Attention of prompts, or chunks of them, to what a paged cache holds; steps are those of `flexjax.decode`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flexjax.block_creation import create_block_mask
 from flexjax.masks.combine import noop_mask
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 from flexjax.paged.cache import PagedCache
-from flexjax.paged.gather import Pages, gather
 from flexjax.paged.rows import counts_argument
 
 Mod = Callable[..., Any]
@@ -57,55 +56,17 @@ def prefill(
         ValueError: shapes do not fit, see `flexjax.flex_attention`.
         TypeError: counts are not integers, or a mod cannot be used.
     """
-    cache.pools()
-    if query.ndim != 4:
-        raise ValueError(f"query must have shape (B, Hq, L, D), but it has {query.shape}.")
-    return attend(
-        query,
-        cache,
-        score_mod,
-        mask_mod,
-        counts=jnp.int32(query.shape[2]) if counts is None else counts,
-        scale=scale,
-        return_lse=return_lse,
-        sinks=sinks,
-        backend=backend,
-    )
-
-
-def attend(
-    query: Float[Array, "B Hq L D"],
-    pages: Pages,
-    score_mod: Mod | None = None,
-    mask_mod: Mod | None = None,
-    *,
-    counts: Any = None,
-    **options: Any,
-) -> Any:
-    """Attention of the last positions of each row through a contiguous copy of its pages.
-
-    Args:
-        query: (B, Hq, L, D). Query i of row b is position lengths[b] - L + i, or, given counts,
-            lengths[b] - counts[b] + i.
-        pages: a cache of one layer, or a choice of its pages.
-        score_mod: sees positions in the row, like mask_mod.
-        mask_mod: see score_mod.
-        counts: a number or int (B,), how many of the queries there are, the first ones.
-        **options: of `flexjax.flex_attention`.
-    """
-    page, max_pages = pages.key_pages.shape[2], pages.page_table.shape[1]
-    if query.ndim != 4 or query.shape[0] != pages.lengths.shape[0]:
+    if query.ndim != 4 or query.shape[0] != cache.batch:
         raise ValueError(
-            f"query must have shape (B, Hq, L, D) with B = {pages.lengths.shape[0]}, the rows of the cache, but "
-            f"it has {query.shape}."
+            f"query must have shape (B, Hq, L, D) with B = {cache.batch}, the rows of the cache, but it has "
+            f"{query.shape}."
         )
-    key, value = gather(pages, max_pages * page)
+    key, value = cache.contiguous()
     batch, heads, length = query.shape[:3]
-    lengths = pages.lengths
-    if counts is not None:
-        counts = counts_argument("attention", "counts", counts, batch)
-        counts = jnp.clip(counts, 0, jnp.minimum(length, lengths))
-    mask_mod, score_mod = shifted_mods(mask_mod, score_mod, lengths, length, counts)
+    counts = jnp.int32(length) if counts is None else counts
+    counts = counts_argument("attention", "counts", counts, batch)
+    counts = jnp.clip(counts, 0, jnp.minimum(length, cache.lengths))
+    mask_mod, score_mod = shifted_mods(mask_mod, score_mod, cache.lengths, length, counts)
     block_mask = create_block_mask(
         mask_mod,
         batch,
@@ -115,7 +76,17 @@ def attend(
         (length if length < 64 else 128, 128),  # few queries are not filled up to a whole block
         compute_q_blocks=False,
     )
-    return flex_attention(query, key, value, score_mod, block_mask, **options)
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod,
+        block_mask,
+        scale=scale,
+        return_lse=return_lse,
+        sinks=sinks,
+        backend=backend,
+    )
 
 
 def shifted_mods(

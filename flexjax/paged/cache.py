@@ -12,10 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from flexjax.backends.contiguous import gathered
 from flexjax.block_arguments import positive
 from flexjax.mods.ops import is_float
 from flexjax.paged.errors import PageError, sentences
-from flexjax.paged.gather import gather
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -246,8 +246,16 @@ class PagedCache:
             raise ValueError(
                 f"max_length is {length}, but a sequence of this cache has at most {self.capacity} tokens."
             )
-        self.pools()
-        return gather(self, length)
+        table = self.page_table[:, : -(-length // self.page_size)]
+        inside = jnp.arange(length, dtype=jnp.int32)[None, :] < self.lengths[:, None]
+
+        def rows(pool: Array) -> Array:
+            # Selected, not multiplied: behind its length a row may name pages of others.
+            kept = gathered(pool, table)[:, :, :length]
+            return jnp.where(inside[:, None, :, None], kept, jnp.zeros((), pool.dtype))
+
+        keys, values = self.pools()
+        return rows(keys), rows(values)
 
     # -- refusals -------------------------------------------------------------------------------
 

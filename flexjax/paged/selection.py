@@ -20,14 +20,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from flexjax.attention import AuxRequest, _sinks, _with_sinks
 from flexjax.block_arguments import positive
 from flexjax.block_lists import EMPTY, Geometry
 from flexjax.block_mask import BlockMask
 from flexjax.block_selection import selected_blocks
 from flexjax.block_states import block_states
+from flexjax.decoding import decode
 from flexjax.mods.trace import index_ranges, trace_mask_mod
-from flexjax.paged.attention import attend, shifted_mods
+from flexjax.paged.attention import shifted_mods
 from flexjax.paged.cache import PagedCache
+from flexjax.problem import BHLD
 
 Mod = Callable[..., Any]
 
@@ -148,12 +151,13 @@ def adaptive_attention(
     margin: float | None = None,
     scale: float | Array | None = None,
     return_lse: bool = False,
+    sinks: Float[Array, "Hq"] | None = None,
     backend: str | None = None,
 ) -> Any:
     """Attention of the last L positions of each sequence to the pages that `select_pages` chooses.
 
-    Reads two vectors of every page, and the keys and values of the chosen ones only. Mods see positions in the
-    whole sequence.
+    Reads two vectors of every page, and the keys and values of the chosen ones only: `flexjax.decode` reads them
+    where they are. Mods see positions in the whole sequence.
 
     Args:
         query: as for `select_pages`, like all up to scale.
@@ -165,14 +169,15 @@ def adaptive_attention(
         recent: see query.
         margin: see query.
         scale: see query.
-        return_lse: also return the logsumexp over the chosen pages, (B, Hq, L).
-        backend: of `flexjax.flex_attention`.
+        return_lse: also return the logsumexp over the chosen pages, (B, Hq, L), without sinks.
+        sinks: float (Hq,), a logit for every query head, as for `flexjax.flex_attention`.
+        backend: of `flexjax.decode`.
 
     Returns:
         (B, Hq, L, Dv), or a pair of it and the logsumexp.
 
     Raises:
-        ValueError: see `select_pages` and `flexjax.flex_attention`.
+        ValueError: see `select_pages` and `flexjax.decode`.
     """
     selection = select_pages(
         query,
@@ -188,10 +193,13 @@ def adaptive_attention(
     view, score, mask = selected_view(cache, selection, query.shape[1], score_mod, mask_mod)
     batch, heads, length, dim = query.shape
     folded = query.reshape(view.lengths.shape[0], -1, length, dim)
-    result = attend(folded, view, score, mask, scale=scale, return_lse=return_lse, backend=backend)
-    out, lse = result if return_lse else (result, None)
+    wanted = AuxRequest(lse=return_lse or sinks is not None)
+    out, aux = decode(folded, view, score, mask, scale=scale, return_aux=wanted, backend=backend)
     out = out.reshape(batch, heads, length, -1)
-    return out if lse is None else (out, lse.reshape(batch, heads, length))
+    lse = None if aux.lse is None else aux.lse.reshape(batch, heads, length)
+    if sinks is not None:  # here, since heads of the view in different rows are different heads
+        out = _with_sinks(out, lse, _sinks(sinks, heads), BHLD)
+    return (out, lse) if return_lse else out
 
 
 class SelectedPages(NamedTuple):
