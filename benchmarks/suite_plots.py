@@ -63,7 +63,7 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
     chosen = [row for row in chosen if row["run"] == last[_size(row)]]
     panels: dict[str, Values] = {}
     for row in sorted(chosen, key=_size):
-        page = f" page {row['page']}" if "page" in row else ""
+        page = f"\npage {row['page']}" if "page" in row else ""
         more = f" L{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
         more += " uneven" if "lengths" in row else ""
         group = f"B{row['B']} {row['Hq']}/{row['Hkv']}\nS{row['S']}{page}{more}"
