@@ -91,7 +91,7 @@ def test_masks_follow_the_tokens(order):
         ((3, 4, 5), (2, 3, 4), masks.neighborhood_3d),
         ((2, 3, 3), (2, 3, 1), masks.neighborhood_3d),
     ],
-    ids=str,
+    ids=["2d", "3d", "3d_small"],
 )
 def test_row_order_is_arithmetic(canvas, window, factory):
     tokens = int(np.prod(canvas))
