@@ -99,19 +99,26 @@ class KVCache:
                     f"and value, in place of the capacity {self.capacity}."
                 )
         full = self.capacity if self.lengths is None else self.lengths
-        lengths = jnp.broadcast_to(jnp.asarray(full, jnp.int32), (batch,))
-        fits = lengths + count <= self.capacity
+        lengths = jnp.asarray(full)
+        if lengths.shape not in ((), (batch,)) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(
+                f"The cache has lengths of shape {lengths.shape} and dtype {lengths.dtype}, but to append to its "
+                f"{batch} sequences they must be integers of shape ({batch},), or one for all."
+            )
+        lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
+        # A negative length would wrap around to the end of the cache.
+        fits = (lengths >= 0) & (lengths + count <= self.capacity)
         if not _compat.is_tracer(fits) and not bool(fits.all()):
             raise ValueError(
                 f"{count} tokens do not fit behind sequences of lengths {np.asarray(lengths).tolist()} in a cache "
-                f"of capacity {self.capacity}. Make the cache larger."
+                f"of capacity {self.capacity}. Lengths are at least 0; make the cache larger."
             )
         # Positions outside of the cache are dropped.
         place = jnp.where(fits, lengths, self.capacity)[:, None] + jnp.arange(count)[None]
         rows = jnp.arange(batch)[:, None]
 
         def written(old: Any, new: Any) -> Any:
-            new = new.astype(old.dtype)
+            old, new = jnp.asarray(old), jnp.asarray(new, old.dtype)
             if self.layout == BLHD:
                 return old.at[rows, place].set(new, mode="drop", unique_indices=True)
             return old.at[rows, :, place].set(

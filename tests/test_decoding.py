@@ -160,6 +160,21 @@ def test_append():
     assert after.lengths.tolist() == [4, 4]
 
 
+def test_append_leaves_alone_what_has_no_valid_length():
+    new = np.ones((1, 1, 1, 8), np.float32)
+    empty = np.zeros((1, 1, 16, 8), np.float32)
+    with pytest.raises(ValueError, match="at least 0"):
+        KVCache(empty, empty, jnp.array([-1])).append(new, new)
+    after = jax.jit(lambda c: c.append(new, new))(KVCache(empty, empty, jnp.array([-1])))
+    assert not after.key.any()
+    assert after.lengths.tolist() == [-1]
+    with pytest.raises(ValueError, match=r"integers of shape \(1,\)"):
+        KVCache(empty, empty, jnp.array([1, 2])).append(new, new)
+    with pytest.raises(ValueError, match="dtype float32"):
+        KVCache(empty, empty, jnp.array([1.0])).append(new, new)
+    assert KVCache(empty, empty, 3).append(new, new).key[0, 0, 3].all()
+
+
 def test_defaults():
     """Lengths may be left out or be one for all; a query without tokens gives an empty output."""
     q, k = random(2, 2, 1, 8), random(2, 1, 5, 8, seed=1)
