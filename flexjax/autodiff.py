@@ -13,9 +13,7 @@ JAX pushes tangents through. `jax.checkpoint` differentiates forwards and transp
 in the backend's backward pass too. Differentiating `AttentionBackward` or `AttentionTangent` themselves gives
 second derivatives; both do it through the xla backend with loops of fixed length.
 
-Under `jax.vmap` the mapped axis is folded into the batch: row n * B + b. Mods see the row b that the user
-meant (`mods/transform.py`), arrays that they captured per lane gain a leading axis, and what is shared by
-all lanes is not copied unless a gradient for every lane is wanted.
+Under `jax.vmap` the mapped axis is folded into the batch (`folding.py`).
 
 The output and the logsumexp are named "flexjax_out" and "flexjax_lse" for `jax.checkpoint` policies.
 """
@@ -28,15 +26,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flexjax import _compat
 from flexjax.backends import xla
 from flexjax.backends.registry import Choice, load, needs_cuda, warn_about_fallback
+from flexjax.folding import fold_axis, fold_operands, front, unfold
 from flexjax.mods.ops import is_float
-from flexjax.mods.trace import index_ranges
-from flexjax.mods.transform import fold_batch, rewrite_graph, rewrite_score_mod
 from flexjax.problem import Gradients, Operands, Problem, Result, without_gradients
 
 
@@ -296,7 +292,7 @@ class Attention(_compat.HiPrim):
             return self(*leaves), (None,) * len(self.out_aval)
         call, leaves = _fold(self.call, axis_data.size, leaves, dims, shared=True)
         outs = Attention(call, [jax.typeof(x) for x in leaves])(*leaves)
-        return tuple(_unfold(o, axis_data.size) for o in outs), (0,) * len(outs)
+        return tuple(unfold(o, axis_data.size) for o in outs), (0,) * len(outs)
 
 
 class AttentionBackward(_compat.HiPrim):
@@ -332,11 +328,11 @@ class AttentionBackward(_compat.HiPrim):
             return self(*args), (None,) * len(self.out_aval)
         n = self.call.n_leaves
         call, leaves = _fold(self.call, axis_data.size, args[:n], dims[:n], shared=False)
-        rest = [_fold_axis(x, d, axis_data.size) for x, d in zip(args[n:], dims[n:], strict=True)]
+        rest = [fold_axis(x, d, axis_data.size) for x, d in zip(args[n:], dims[n:], strict=True)]
         args = (*leaves, *rest)
         outs = AttentionBackward(call, [jax.typeof(x) for x in args])(*args)
         outs = tuple(
-            o if i in self.call.captures else _unfold(o, axis_data.size)
+            o if i in self.call.captures else unfold(o, axis_data.size)
             for i, o in zip(self.call.floats, outs, strict=True)
         )
         return outs, (0,) * len(outs)
@@ -381,15 +377,15 @@ class AttentionTangent(_compat.HiPrim):
         n, size = self.call.n_leaves, axis_data.size
         call, leaves = _fold(self.call, size, args[:n], dims[:n], shared=False)
         stats = [
-            _fold_axis(x, d, size) for x, d in zip(args[n : n + 2], dims[n : n + 2], strict=True)
+            fold_axis(x, d, size) for x, d in zip(args[n : n + 2], dims[n : n + 2], strict=True)
         ]
         tangents = [
-            _front(x, d, size) if i in self.call.captures else _fold_axis(x, d, size)
+            front(x, d, size) if i in self.call.captures else fold_axis(x, d, size)
             for i, x, d in zip(self.call.floats, args[n + 2 :], dims[n + 2 :], strict=True)
         ]
         args = (*leaves, *stats, *tangents)
         outs = AttentionTangent(call, [jax.typeof(x) for x in args])(*args)
-        return tuple(_unfold(o, size) for o in outs), (0,) * len(outs)
+        return tuple(unfold(o, size) for o in outs), (0,) * len(outs)
 
 
 # -- vmap -------------------------------------------------------------------------------------------
@@ -400,107 +396,11 @@ def _unmapped(dims: Sequence[int | None]) -> bool:
     return all(d is None for d in dims)
 
 
-def _front(x: Any, dim: int | None, size: int) -> Any:
-    """The mapped axis in front; an unmapped array is repeated along it."""
-    return jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-
-
-def _fold_axis(x: Any, dim: int | None, size: int) -> Any:
-    x = _front(x, dim, size)
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _unfold(x: Any, size: int) -> Any:
-    return x.reshape(size, x.shape[0] // size, *x.shape[1:])
-
-
 def _fold(
     call: Call, size: int, leaves: Sequence[Any], dims: Sequence[int | None], shared: bool
 ) -> tuple[Call, list[Any]]:
-    """Folds a mapped axis of length `size` into the batch.
-
-    Args:
-        call: the attention of one lane.
-        size: number of lanes.
-        leaves: flattened operands.
-        dims: for each of them the mapped axis, or None.
-        shared: leave what no lane has of its own unrepeated; wrong where gradients of every lane are wanted.
-    """
-    problem = call.problem
-    operands = call.operands(leaves)
+    """The attention of all lanes, from that of one and its flattened operands' mapped axes (`fold_operands`)."""
     axes = call.operands([-1 if d is None else d for d in dims])
-
-    def mapped(*names: Any) -> bool:
-        return any(d >= 0 for d in jax.tree.leaves(names))
-
-    def fold(x: Any, d: int) -> Any:
-        return _fold_axis(x, None if d < 0 else d, size)
-
-    key, value, page_table = operands.key, operands.value, operands.page_table
-    paged = page_table is not None
-    own_keys = paged or mapped(axes.key, axes.value) or problem.kv_batch > 1 or not shared
-    if paged:
-        key, value, page_table = _fold_pages(size, operands, axes)
-    elif own_keys:
-        key, value = fold(key, axes.key), fold(value, axes.value)
-    lists, blocks = operands.lists, problem.blocks
-    if blocks is not None and (mapped(axes.lists) or blocks.batch > 1):
-        lists = jax.tree.map(fold, lists, axes.lists)
-        blocks = dataclasses.replace(blocks, batch=blocks.batch * size)
-    batch = problem.batch * size
-    ranges = index_ranges(batch, problem.q_heads, problem.q_len, problem.kv_len)
-
-    def fold_captures(values: Sequence[Any], dims: Sequence[int]) -> tuple[list[bool], list[Any]]:
-        leading = [
-            d >= 0 or (not shared and is_float(v.dtype)) for v, d in zip(values, dims, strict=True)
-        ]
-        arrays = [
-            _front(v, None if d < 0 else d, size) if lead else v
-            for v, d, lead in zip(values, dims, leading, strict=True)
-        ]
-        return leading, arrays
-
-    score, mask = problem.score, problem.mask
-    score_leading, score_captures = fold_captures(operands.score_captures, axes.score_captures)
-    mask_leading, mask_captures = fold_captures(operands.mask_captures, axes.mask_captures)
-    if score is not None:
-        rewrite = fold_batch(ranges, problem.batch, size, score_leading)
-        score = rewrite_score_mod(score, rewrite)
-    if mask is not None:
-        mask = rewrite_graph(mask, fold_batch(ranges, problem.batch, size, mask_leading))
-    problem = dataclasses.replace(
-        problem,
-        batch=batch,
-        kv_batch=problem.kv_batch * size if own_keys else problem.kv_batch,
-        score=score,
-        mask=mask,
-        blocks=blocks,
-    )
-    folded = Operands(
-        fold(operands.query, axes.query),
-        key,
-        value,
-        lists,
-        tuple(score_captures),
-        tuple(mask_captures),
-        None if operands.lengths is None else fold(operands.lengths, axes.lengths),
-        page_table,
-    )
-    leaves, tree = jax.tree.flatten(folded)
+    problem, operands = fold_operands(call.problem, call.operands(leaves), axes, size, shared)
+    leaves, tree = jax.tree.flatten(operands)
     return Call(problem, call.choice, tree, call.constants), leaves
-
-
-def _fold_pages(size: int, operands: Operands, axes: Operands) -> tuple[Any, Any, Any]:
-    """Pools and page table of all lanes: pools that lanes have of their own are put behind one another."""
-    table = _front(operands.page_table, None if axes.page_table < 0 else axes.page_table, size)
-    key, value = operands.key, operands.value
-    if axes.key >= 0 or axes.value >= 0:
-        key, value = (
-            jnp.moveaxis(_front(x, None if d < 0 else d, size), 0, 1)
-            for x, d in ((key, axes.key), (value, axes.value))
-        )
-        pages = key.shape[2]
-        lane = jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        table = jnp.clip(table, 0, pages - 1) + lane * pages
-        key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))
-    return key, value, table.reshape(-1, table.shape[-1])

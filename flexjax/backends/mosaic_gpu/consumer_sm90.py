@@ -10,15 +10,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import emit, registers
+from flexjax.backends.mosaic_gpu import emit, products_sm90, registers
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
-from flexjax.mods import graph as graphs
-from flexjax.mods.graph import Graph
 
 
 class Accumulation(NamedTuple):
@@ -151,13 +149,7 @@ class Consumer:
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""
-
-        def product(scores: Any) -> Any:
-            plgpu.wgmma(scores, self._query, self.buffers.key.at[stage].transpose((1, 0)))
-            return scores[...]
-
-        shape = (WARPGROUP_ROWS, self.kernel.config.kv_tile)
-        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        return products_sm90.scores(self._query, self.buffers.key.at[stage])
 
     def _issue_products(self, carry: Accumulation, stage: Any, previous: Any) -> tuple[Any, Any]:
         """Issues Q K^T of one stage and adds P V of the previous one; awaits neither."""
@@ -176,20 +168,10 @@ class Consumer:
 
     def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
         """Adds P V to the output."""
-        value = self.buffers.value.at[stage]
-        if not self.kernel.config.interpret:
-            return pl.run_state(lambda acc: plgpu.wgmma(acc, p, value))(plgpu.ACC.init(out))
-        # The interpreter has neither run_state nor operands in registers.
-        (buffer,) = self.buffers.probabilities
-        buffer = buffer.at[self.warpgroup]
-        buffer[...] = p
-        plgpu.commit_smem()
-
-        def product(acc: Any) -> Any:
-            plgpu.wgmma(acc, buffer, value)
-            return acc[...]
-
-        return out + pl.run_scoped(product, plgpu.ACC(out.shape, jnp.float32))
+        staged = self.buffers.probabilities
+        return products_sm90.add_weighted(
+            out, p, self.buffers.value.at[stage], staged[0].at[self.warpgroup] if staged else None
+        )
 
     # -- scores ---------------------------------------------------------------------------------
 
@@ -220,7 +202,7 @@ class Consumer:
         if graph is None:
             return scores
         tile = self._tile_inputs(scores, position, first_key, masked)
-        return _on_tile(graph, self.inputs.score_captures, tile)
+        return emit.on_tile(graph, self.inputs.score_captures, tile)[0]
 
     def _allowed(self, position: TilePosition, first_key: Any) -> Any:
         """What the mask allows in a tile; None without a mask."""
@@ -228,7 +210,7 @@ class Consumer:
         if mask is None:
             return None
         tile = self._tile_inputs(None, position, first_key, masked=True)
-        return _on_tile(mask, self.inputs.mask_captures, tile)
+        return emit.on_tile(mask, self.inputs.mask_captures, tile)[0]
 
     def _hide(self, scores: Any, allowed: Any, first_key: Any) -> Any:
         """Scores with -inf where the mask, or the end of the keys, hides them."""
@@ -268,9 +250,3 @@ class Consumer:
         self.outputs.lse[stats] = lse
         for ref in self.outputs.max_scores:
             ref[stats] = maxima
-
-
-def _on_tile(mod: Graph, captures: tuple[Any, ...], tile: emit.TileInputs) -> Any:
-    """A mod's value at every position of a tile."""
-    (value,) = emit.evaluate_on_tile(mod, captures, tile)
-    return emit.broadcast(value, graphs.TILE, tile)

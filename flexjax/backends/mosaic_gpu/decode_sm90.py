@@ -26,7 +26,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import combine_sm90, emit, packing, registers
+from flexjax.backends.mosaic_gpu import combine_sm90, emit, packing, products_sm90, registers
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig
 from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import Buffers, Inputs, Kernel, Segments
@@ -40,8 +40,6 @@ from flexjax.backends.mosaic_gpu.launch_sm90 import (
 )
 from flexjax.backends.mosaic_gpu.registers import ROW, TILE
 from flexjax.backends.mosaic_gpu.softmax import State
-from flexjax.mods import graph as graphs
-from flexjax.mods.graph import Graph
 from flexjax.problem import BLHD, Operands, Problem, Result, heads_first
 
 # Columns of queries or values that are on their way through registers at a time.
@@ -194,7 +192,7 @@ class Decoder:
                 kv_limit=part.shape[-1],
                 interpret=plan.config.interpret,
             )
-            part[...] = _on_tile(graph, (query,), inputs).astype(plan.problem.q_dtype)
+            part[...] = emit.on_tile(graph, (query,), inputs)[0].astype(plan.problem.q_dtype)
         plgpu.commit_smem()
 
     # -- one step -------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ class Decoder:
             jnp.where(jnp.broadcast_to(starts, (WARPGROUP_ROWS,)), 0.0, state.total),
         )
         plgpu.barrier_wait(buffers.key_full.at[stage])
-        scores = self._raw_scores(stage)
+        scores = products_sm90.scores(buffers.query, buffers.key.at[stage])
         load = self.inputs.key, buffers.key, buffers.key_full, stage, next_step
         self._pass_on(buffers.key_free, *load, wanted=more)
         scores = self._hidden(self._scores(scores, step), step)
@@ -231,34 +229,13 @@ class Decoder:
         out = softmax.rescaled(out, alpha)
         plgpu.barrier_wait(buffers.value_full.at[stage])
         self._clear_values(stage, step)
-        out = self._add_product(out, p.astype(self.kernel.plan.problem.q_dtype), stage)
+        p = p.astype(self.kernel.plan.problem.q_dtype)
+        staged = buffers.probabilities[0] if buffers.probabilities else None
+        out = products_sm90.add_weighted(out, p, buffers.value.at[stage], staged)
         load = self.inputs.value, buffers.value, buffers.value_full, stage, next_step
         self._pass_on(buffers.value_free, *load, wanted=more)
         pl.when(step.last | (x == end - 1))(lambda: self._store(cta + step.tile, out, state))
         return place, ahead, out, state
-
-    def _raw_scores(self, stage: Any) -> Any:
-        def product(scores: Any) -> Any:
-            plgpu.wgmma(scores, self.buffers.query, self.buffers.key.at[stage].transpose((1, 0)))
-            return scores[...]
-
-        shape = (WARPGROUP_ROWS, self.kernel.plan.config.kv_tile)
-        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-
-    def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
-        value = self.buffers.value.at[stage]
-        if not self.kernel.plan.config.interpret:
-            return pl.run_state(lambda acc: plgpu.wgmma(acc, p, value))(plgpu.ACC.init(out))
-        # The interpreter has neither run_state nor operands in registers.
-        (buffer,) = self.buffers.probabilities
-        buffer[...] = p
-        plgpu.commit_smem()
-
-        def product(acc: Any) -> Any:
-            plgpu.wgmma(acc, buffer, value)
-            return acc[...]
-
-        return out + pl.run_scoped(product, plgpu.ACC(out.shape, jnp.float32))
 
     def _clear_values(self, stage: Any, step: Step) -> None:
         """Zeros in place of values past the length, which may be NaN: a probability of 0 would not hide that."""
@@ -299,14 +276,15 @@ class Decoder:
         scores = raw if before == 1.0 else raw * before
         if graph is None:
             return scores
-        return _on_tile(graph, self.inputs.score_captures, self._tile_inputs(scores, step))
+        tile = self._tile_inputs(scores, step)
+        return emit.on_tile(graph, self.inputs.score_captures, tile)[0]
 
     def _hidden(self, scores: Any, step: Step) -> Any:
         """Scores with -inf where the mask, or the end of the keys, hides them."""
         kernel = self.kernel
         if kernel.mask is not None:
             inputs = self._tile_inputs(None, step)
-            allowed = _on_tile(kernel.mask, self.inputs.mask_captures, inputs)
+            (allowed,) = emit.on_tile(kernel.mask, self.inputs.mask_captures, inputs)
             if kernel.plan.problem.blocks is not None:
                 allowed = allowed | jnp.broadcast_to(~step.masked, allowed.shape)
             scores = jnp.where(allowed, scores, -jnp.inf)
@@ -350,9 +328,3 @@ def _columns(buffer: Any) -> list[Any]:
     if dim <= _COLUMNS:
         return [buffer]
     return [buffer.at[:, pl.ds(c, min(_COLUMNS, dim - c))] for c in range(0, dim, _COLUMNS)]
-
-
-def _on_tile(mod: Graph, captures: tuple[Any, ...], tile: emit.TileInputs) -> Any:
-    """A mod's value at every position of a tile."""
-    (value,) = emit.evaluate_on_tile(mod, captures, tile)
-    return emit.broadcast(value, graphs.TILE, tile)

@@ -102,6 +102,11 @@ def broadcast(value: TileValue, rank: str, inputs: TileInputs) -> jax.Array:
     return plgpu.layout_cast(array, inputs.type.layout_of(rank))
 
 
+def on_tile(graph: Graph, refs: Sequence[Any], inputs: TileInputs) -> list[jax.Array]:
+    """A graph's outputs at every position of a tile; arguments as for `evaluate_on_tile`."""
+    return [broadcast(x, TILE, inputs) for x in evaluate_on_tile(graph, refs, inputs)]
+
+
 def unsupported(graph: Graph) -> str | None:
     """What in a graph a kernel cannot do, as a sentence; None if it can do everything."""
     opaque = graph.opaque

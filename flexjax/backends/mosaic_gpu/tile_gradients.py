@@ -132,7 +132,7 @@ class TileGradients:
         if mask is None:
             return None
         tile = self._inputs(None, place)
-        return self._on_tile(mask, mask_captures, tile)[0]
+        return emit.on_tile(mask, mask_captures, tile)[0]
 
     def probabilities(
         self,
@@ -171,7 +171,7 @@ class TileGradients:
         if graph is None:
             tiles = [self._exponentials(x, lse, factor)]
         elif self.interpret:
-            tiles = self._on_tile(graph, score_captures, self._inputs(x, place))
+            tiles = emit.on_tile(graph, score_captures, self._inputs(x, place))
             tiles[0] = self._exponentials(tiles[0], lse, factor)
             if self._weighted:
                 tiles[1] = self._times(tiles[0], tiles[0], tiles[1], graph, 1)
@@ -272,7 +272,7 @@ class TileGradients:
                 loads.append(dy)
                 continue
             wanted = graph.with_outputs(load.derivative)
-            (derivative,) = self._on_tile(wanted, score_captures, self._inputs(scores, place))
+            (derivative,) = emit.on_tile(wanted, score_captures, self._inputs(scores, place))
             loads.append(self._times(p, dy, derivative, graph, load.derivative))
         return Cotangents(ds, tuple(loads))
 
@@ -307,10 +307,6 @@ class TileGradients:
             approx_math=self.approx_math,
             interpret=self.interpret,
         )
-
-    def _on_tile(self, graph: Graph, captures: Any, tile: emit.TileInputs) -> list[Any]:
-        values = emit.evaluate_on_tile(graph, captures, tile)
-        return [emit.broadcast(value, graphs.TILE, tile) for value in values]
 
 
 def _is_one(graph: Graph, output: int) -> bool:
