@@ -273,6 +273,7 @@ class Consumer:
         plgpu.wgmma(accumulator, operand, other)
 
     def _add_to_dq(self, dq: Any, part: configs.Part, place: Place, first_query: Any) -> None:
+        """Adds a share of dQ in global memory. The copy of the step before must have left the buffer."""
         problem, interpret = self.kernel.problem, self.kernel.config.interpret
         buffer = self.buffers.dq[self.warpgroup]
         buffer[...] = dq
