@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry, cdiv
+from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.evaluate import evaluate, evaluate_numpy
 from flexjax.mods.graph import Graph
-from flexjax.mods.regions import Bounds, Exact, Regions, bounds
+from flexjax.mods.regions import Exact, Regions, bounds
 
 # Positions that are evaluated at once, and fewer of a mod that the IR does not see into: it may hold arrays
 # of its own at every position.

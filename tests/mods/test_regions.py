@@ -15,11 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 
 from flexjax.block_lists import Geometry
-from flexjax.mods import regions
+from flexjax.mods import bound_rules
+from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.builder import Builder
 from flexjax.mods.evaluate import evaluate_numpy
 from flexjax.mods.ops import COMPARISONS
-from flexjax.mods.regions import Bounds, Exact, Regions, bounds, node_bounds
+from flexjax.mods.regions import Exact, Regions, bounds, node_bounds
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 
 BATCH, HEADS = 2, 2
@@ -275,11 +276,11 @@ def test_every_float_rule_is_sound(operation):
 
 
 def test_no_rule_is_without_a_test():
-    """Rules of `regions` that no random graph would meet."""
-    assert regions._INTEGER.keys() <= {*INTEGER_2, *INTEGER_1}
-    assert regions._FLOAT.keys() <= {*FLOAT_2, *FLOAT_1}
-    assert regions._LOGIC.keys() <= {*LOGIC_2, *LOGIC_1}
-    assert regions._MONOTONE.keys() <= {*INTEGER_2, *FLOAT_2, *FLOAT_1, "clamp"}
+    """Rules of `bound_rules` that no random graph would meet."""
+    assert bound_rules.INTEGER.keys() <= {*INTEGER_2, *INTEGER_1}
+    assert bound_rules.FLOAT.keys() <= {*FLOAT_2, *FLOAT_1}
+    assert bound_rules.LOGIC.keys() <= {*LOGIC_2, *LOGIC_1}
+    assert bound_rules.MONOTONE.keys() <= {*INTEGER_2, *FLOAT_2, *FLOAT_1, "clamp"}
     assert set(COMPARISONS) <= set(COMPARE)
 
 

@@ -16,7 +16,8 @@ from jax import lax
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig, Rows
 from flexjax.block_lists import PARTIAL, cdiv, lists_from_states
-from flexjax.mods.regions import Bounds, Exact, Regions, bounds
+from flexjax.mods.bound_rules import Bounds
+from flexjax.mods.regions import Exact, Regions, bounds
 from flexjax.problem import Operands, Problem
 
 _FEW = 512  # list rows
