@@ -77,8 +77,9 @@ def create_block_mask(
         ValueError: a length, count or block size is not a positive integer, `compact` or `block_size="auto"`
             meets a traced mask, or `compact` and `max_blocks` are both given.
     """
-    chooses = AUTO in (block_size, BLOCK_SIZE)
-    pair = FINEST if chooses else block_pair(block_size, BLOCK_SIZE)
+    asked = block_size if BLOCK_SIZE is None else BLOCK_SIZE
+    chooses = isinstance(asked, str) and asked == AUTO
+    pair = FINEST if chooses else block_pair(asked, None)
     geometry = Geometry(*lengths(Q_LEN, KV_LEN), *pair)
     batch = 1 if B is None else positive(B, "B")
     heads = 1 if H is None else positive(H, "H")

@@ -54,6 +54,11 @@ def test_the_chosen_size_has_the_lowest_cost():
     assert costs[chosen] == min(costs.values())
 
 
+def test_the_alias_of_a_block_size_has_precedence_over_auto():
+    mask = create_block_mask(masks.causal(), None, None, 256, 256, "auto", BLOCK_SIZE=32)
+    assert mask.block_size == (32, 32)
+
+
 def test_auto_inside_jit_takes_what_is_known_and_refuses_what_is_not():
     ids = jnp.arange(1024) // 64
 

@@ -159,6 +159,13 @@ def test_linformer():
 ONE = jnp.ones((1, 2, 16, 8))
 ERRORS = [
     (lambda: systems.longformer_attention(ONE, ONE, ONE, 2, [16]), ValueError, "from 0 to 15"),
+    (
+        lambda: systems.longformer_attention(
+            ONE, ONE, ONE, 2, [9], global_projections=(ONE[:, :, :4], ONE, ONE)
+        ),
+        ValueError,
+        r"one length L, but they have .*\(1, 2, 4, 8\)",
+    ),
     (lambda: systems.lsh_buckets(ONE, 3, 1, jax.random.key(0)), ValueError, "must be even"),
     (
         lambda: systems.reformer_attention(ONE, ONE[:, :1], jax.random.key(0), num_buckets=4),
@@ -171,6 +178,13 @@ ERRORS = [
         ),
         ValueError,
         "4 heads do not divide latent_dim=6",
+    ),
+    (
+        lambda: systems.linformer_attention(
+            ONE, ONE, ONE, jnp.ones((4, 16)), kv_lengths=jnp.array([3, 4])
+        ),
+        ValueError,
+        r"kv_lengths must have shape \(1,\)",
     ),
     (
         lambda: systems.linformer_attention(ONE, ONE, ONE, jnp.ones((4, 15))),

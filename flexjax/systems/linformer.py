@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexjax.attention import flex_attention
+from flexjax.masks._arguments import integer_array
 
 
 def linformer_attention(
@@ -38,7 +39,8 @@ def linformer_attention(
         What `flex_attention` returns.
 
     Raises:
-        ValueError: the projections do not fit the keys, or a mask is given.
+        TypeError: `kv_lengths` is not made of integers.
+        ValueError: the projections do not fit the keys, `kv_lengths` not the batch, or a mask is given.
 
     Source: Wang et al., "Linformer: Self-Attention with Linear Complexity", arXiv 2006.04768, section 4.
     """
@@ -51,7 +53,14 @@ def linformer_attention(
             )
     value_projection = key_projection if value_projection is None else value_projection
     if kv_lengths is not None:
-        valid = jnp.arange(key.shape[2])[None] < kv_lengths[:, None]
+        where = "linformer_attention()"
+        valid_keys = integer_array(where, "kv_lengths", kv_lengths, {1: "(B,)"})
+        if valid_keys.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{where}: kv_lengths must have shape ({query.shape[0]},), one number a batch row of the query, "
+                f"but it has {valid_keys.shape}."
+            )
+        valid = jnp.arange(key.shape[2])[None] < valid_keys[:, None]
         key, value = (jnp.where(valid[:, None, :, None], x, 0) for x in (key, value))
     projected = _project("key", key_projection, key), _project("value", value_projection, value)
     return flex_attention(query, *projected, **options)

@@ -57,7 +57,15 @@ def longformer_attention(
     Source: Beltagy et al., "Longformer: The Long-Document Transformer", arXiv 2004.05150, section 3.1
     (linear projections for global attention).
     """
-    where, length = "longformer_attention()", query.shape[2]
+    where = "longformer_attention()"
+    wide = (query, key, value) if global_projections is None else global_projections
+    lengths_of = {x.shape[2] if x.ndim == 4 else None for x in (query, key, value, *wide)}
+    if len(lengths_of) > 1 or None in lengths_of:
+        raise ValueError(
+            f"{where}: query, key, value and their global projections must have shapes (B, H, L, D) with one "
+            f"length L, but they have {', '.join(str(x.shape) for x in (query, key, value, *wide))}."
+        )
+    length = query.shape[2]
     tokens = np.unique([check_integer(where, "a global token", t) for t in global_tokens])
     if len(tokens) and not 0 <= tokens[0] <= tokens[-1] < length:
         raise ValueError(
@@ -74,7 +82,6 @@ def longformer_attention(
     out = flex_attention(query, key, value, mask_mod=mask, backend=backend)
     if len(tokens) == 0:
         return out
-    wide = (query, key, value) if global_projections is None else global_projections
     few = jnp.asarray(tokens, jnp.int32)
     seeing = flex_attention(wide[0][:, :, few], *wide[1:], mask_mod=valid, backend=backend)
     return out.at[:, :, few].set(seeing)
