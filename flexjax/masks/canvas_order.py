@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def tiled_order(
     grid = np.indices((*counts, *tile), np.int32)
     axes = range(len(canvas))
     places = [grid[a] * tile[a] + grid[len(canvas) + a] - shift[a] for a in axes]
-    name = "tiles_" + _times(tile) + (f"_shifted_{_times(shift)}" if any(shift) else "")
+    name = "tiles_" + times(tile) + (f"_shifted_{times(shift)}" if any(shift) else "")
     coordinates = np.stack(places).reshape(len(canvas), -1).astype(np.int32)
     return CanvasOrder(name, canvas, coordinates)
 
@@ -216,8 +216,18 @@ def _grid(canvas: tuple[int, ...]) -> Int32[np.ndarray, "N tokens"]:
     return np.indices(canvas, np.int32).reshape(len(canvas), -1)
 
 
-def _times(sizes: tuple[int, ...]) -> str:
+def times(sizes: Iterable[int]) -> str:
+    """Sizes as names of masks have them: 8x16."""
     return "x".join(map(str, sizes))
+
+
+def coordinates_of(index: Any, sizes: Sequence[int]) -> list[Any]:
+    """The coordinates of a position in row order; beyond the last one, the first coordinate grows on."""
+    places = []
+    for n in reversed(sizes[1:]):
+        places.append(index % n)
+        index = index // n
+    return [index, *reversed(places)]
 
 
 if __name__ == "__main__":

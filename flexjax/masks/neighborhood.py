@@ -1,6 +1,5 @@
 """Neighbourhood attention: a window of constant size that is pushed inwards at the borders."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ import numpy as np
 
 from flexjax.masks._arguments import check_integer, describe, named
 from flexjax.masks._types import MaskMod
-from flexjax.masks.canvas_order import CanvasOrder, sizes_of, tiled_order
+from flexjax.masks.canvas_order import CanvasOrder, coordinates_of, sizes_of, tiled_order, times
 
 
 def neighborhood_1d(length: int, window: int) -> MaskMod:
@@ -156,9 +155,9 @@ def neighborhood(
             allowed = allowed & (low <= key) & (key <= low + span)
         return allowed & (q_class[q_idx] == kv_class[kv_idx]) if dilated else allowed
 
-    suffix = f"_dilated_{_times(steps)}" if dilated else ""
+    suffix = f"_dilated_{times(steps)}" if dilated else ""
     other = "" if kv_order is order else f"_keys_in_{kv_order.name}"
-    return named(mask, f"neighborhood_{_times(sizes)}{suffix}_{order.name}{other}")
+    return named(mask, f"neighborhood_{times(sizes)}{suffix}_{order.name}{other}")
 
 
 def _row_by_row(
@@ -182,21 +181,14 @@ def _row_by_row(
         for name, k, n in zip(dimensions, window, lengths, strict=True)
     ]
 
-    def coordinates(index: Any) -> list[Any]:
-        places = []
-        for n in reversed(lengths[1:]):
-            places.append(index % n)
-            index = index // n
-        return [index, *reversed(places)]
-
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         allowed = True
-        places = zip(coordinates(q_idx), coordinates(kv_idx), lengths, windows, strict=True)
-        for query, key, length, size in places:
+        places = (coordinates_of(index, lengths) for index in (q_idx, kv_idx))
+        for query, key, length, size in zip(*places, lengths, windows, strict=True):
             allowed = allowed & near(query, key, length, size)
         return allowed
 
-    return named(mask, f"{function}_{_times(lengths)}_{_times(windows)}")
+    return named(mask, f"{function}_{times(lengths)}_{times(windows)}")
 
 
 def _first_keys(places: np.ndarray, length: int, window: int, dilation: int) -> np.ndarray:
@@ -221,10 +213,6 @@ def near(query: Any, key: Any, length: int, window: int) -> Any:
     """Whether `key` lies in the window of `query` along one dimension."""
     start = jnp.clip(query - window // 2, 0, length - window)
     return (start <= key) & (key < start + window)
-
-
-def _times(sizes: Iterable[int]) -> str:
-    return "x".join(map(str, sizes))
 
 
 def _check_window(where: str, name: str, window: int, length: int) -> int:

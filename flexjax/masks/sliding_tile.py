@@ -1,10 +1,11 @@
 """Sliding tile attention: a neighbourhood of whole tiles, in which no block is partial."""
 
+import math
 from typing import Any
 
 from flexjax.masks._arguments import check_integer, named
 from flexjax.masks._types import MaskMod
-from flexjax.masks.canvas_order import sizes_of
+from flexjax.masks.canvas_order import coordinates_of, sizes_of, times
 from flexjax.masks.neighborhood import near
 
 
@@ -54,25 +55,16 @@ def sliding_tile(
             f"{where}: window counts tiles and must be at most the canvas, which has {tuple(counts)} of them, "
             f"but it is {window}."
         )
-    tokens, tile_tokens = 1, 1
-    for n, t in zip(canvas, tile, strict=True):
-        tokens, tile_tokens = tokens * n, tile_tokens * t
-
-    def places(index: Any) -> list[Any]:
-        number, found = index // tile_tokens, []
-        for n in reversed(counts[1:]):
-            found.append(number % n)
-            number = number // n
-        return [number, *reversed(found)]
+    tokens, tile_tokens = math.prod(canvas), math.prod(tile)
 
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         allowed = True
-        for query, key, n, w in zip(places(q_idx), places(kv_idx), counts, window, strict=True):
+        places = (coordinates_of(index // tile_tokens, counts) for index in (q_idx, kv_idx))
+        for query, key, n, w in zip(*places, counts, window, strict=True):
             allowed = allowed & near(query, key, n, w)
         return allowed | (q_idx >= tokens) | (kv_idx >= tokens) if text_length else allowed
 
-    names = ("x".join(map(str, sizes)) for sizes in (tile, window))
-    return named(mask, "_".join(["sliding_tile", *names]))
+    return named(mask, f"sliding_tile_{times(tile)}_{times(window)}")
 
 
 if __name__ == "__main__":

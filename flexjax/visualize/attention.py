@@ -83,12 +83,7 @@ def attention_grid(
     )
     if block_mask is not None:
         grid = np.where(_visited(block_mask, b, h), grid, np.float32(-np.inf))
-    if not softmax:
-        return grid
-    highest = np.maximum(grid.max(axis=1, keepdims=True), np.finfo(np.float32).min)
-    weights = np.exp(grid - highest)
-    total = weights.sum(axis=1, keepdims=True)
-    return weights / np.where(total > 0, total, 1).astype(np.float32)
+    return _softmax(grid) if softmax else grid
 
 
 def plot_attention(
@@ -129,20 +124,31 @@ def plot_attention(
         TypeError: see `attention_grid`.
         ValueError: see `attention_grid`.
     """
-    options: dict[str, Any] = {
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-        "block_mask": block_mask,
-        "scale": scale,
-    }
     pictures.require_matplotlib()
-    scores = attention_grid(query, key, b, h, **options, softmax=False)
+    scores = attention_grid(
+        query,
+        key,
+        b,
+        h,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        block_mask=block_mask,
+        scale=scale,
+        softmax=False,
+    )
     title = f"batch row {b}, head {h}" if title is None else title
     if not softmax:
         return pictures.draw_heat(scores, ax=ax, title=title)
-    weights = attention_grid(query, key, b, h, **options)
-    weights = np.where(np.isneginf(scores), np.float32(-np.inf), weights)
+    weights = np.where(np.isneginf(scores), scores, _softmax(scores))
     return pictures.draw_heat(weights, ax=ax, title=title, colours="Blues")
+
+
+def _softmax(scores: Float32[np.ndarray, "L S"]) -> Float32[np.ndarray, "L S"]:
+    """Weights of each row; 0 where all of it is -inf."""
+    highest = np.maximum(scores.max(axis=1, keepdims=True), np.finfo(np.float32).min)
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / np.where(total > 0, total, 1).astype(np.float32)
 
 
 def _unchanged(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

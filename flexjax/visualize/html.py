@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Integer
 
-from flexjax.visualize.pictures import COLOURS, EMPTY, FULL, PARTIAL, merged_states
+from flexjax.block_lists import EMPTY
+from flexjax.visualize.pictures import COLOURS, STATE_NAMES, merged_states
 
 if TYPE_CHECKING:
     from flexjax.block_mask import BlockMask
 
-_NAMES = {FULL: "full", PARTIAL: "partial", EMPTY: "empty"}
 _SIDE = 192  # pixels of a picture's longer side
 _MOST_CELLS = 64
 _MOST_PICTURES = 4
@@ -36,7 +36,7 @@ def blocks_html(block_mask: "BlockMask") -> str:
     )
     legend = " ".join(
         f'<span style="color:{COLOURS[state]};-webkit-text-stroke:1px #bbbbbb">&#9632;</span> {name}'
-        for state, name in _NAMES.items()
+        for state, name in STATE_NAMES.items()
         if (states == state).any()
     )
     more = f"<div>and {rest} more</div>" if rest > 0 else ""

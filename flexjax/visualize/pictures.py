@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Float32, Integer, Shaped
 
+from flexjax.block_lists import EMPTY, FULL, PARTIAL
 from flexjax.masks._arguments import check_integer, name_of
 from flexjax.masks._types import MaskMod
 from flexjax.scores._types import ScoreMod
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
     from flexjax.block_mask import BlockMask
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
-"""States of a block: no pair allowed, some, all."""
-
+STATE_NAMES = {FULL: "full", PARTIAL: "partial", EMPTY: "empty"}
 _GLYPHS = " ░█"
 _SHADES = " ░▒▓█"
 # Two blues and a grey that differ in lightness alone: they survive printing and colour blindness.
@@ -469,10 +468,9 @@ def _legend(ax: "Axes", states: np.ndarray) -> None:
     """Names the colours that occur, beside the picture."""
     from matplotlib.patches import Patch
 
-    labels = {FULL: "full", PARTIAL: "partial", EMPTY: "empty"}
     handles = [
         Patch(facecolor=COLOURS[state], edgecolor="#bbbbbb", linewidth=0.6, label=label)
-        for state, label in labels.items()
+        for state, label in STATE_NAMES.items()
         if (states == state).any()
     ]
     ax.legend(
