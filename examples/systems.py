@@ -4,9 +4,9 @@
     python examples/systems.py --sparsity 16384     # blocks that each mask skips at a real size; checks nothing
 
 Most systems are a mask. Those that are more (Longformer's own projections, Reformer, Perceiver, Linformer) are
-functions of `flexjax.systems`. Every result is compared with dense attention written out in `jax.numpy`; the
-pictures of all masks go to `out/systems.png`. docs/systems.md tells about each. The exit code is 1 if an
-error exceeds its tolerance.
+functions of `flexjax.systems`. Every result is compared with dense attention written out in `jax.numpy`, that of
+the Perceiver with the reference backend; the pictures of all masks go to `out/systems.png`. docs/systems.md tells
+about each. The exit code is 1 if an error exceeds the tolerance.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def _svg(states: Integer[np.ndarray, "R C"]) -> str:
         starts = np.flatnonzero(np.r_[True, line[1:] != line[:-1]])
         for start, stop in zip(starts, np.r_[starts[1:], columns], strict=True):
             if line[start] != EMPTY:
-                colour = COLOURS[int(line[start])]
+                colour = COLOURS[line[start]]
                 shapes.append(
                     f'<rect x="{start}" y="{row}" width="{stop - start}" height="1" fill="{colour}"/>'
                 )
