@@ -212,6 +212,11 @@ ERRORS = [
         ValueError,
         "agree in the number of places",
     ),
+    (
+        lambda: scores.graph_edge_bias(jnp.ones((1, 2, 3)), jnp.full((4, 4, 2), 3)),
+        ValueError,
+        "must be less than 3.*one is 3",
+    ),
     (lambda: scores.activation(jax.nn.relu, -1.0), ValueError, "finite and not negative"),
     (
         lambda: scores.without_softmax(jnp.ones((1, 1, 2, 3)), jnp.ones((1, 1, 2)), 0.0, 0.0),

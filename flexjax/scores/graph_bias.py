@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from flexjax.masks._arguments import float_array, integer_array, named
+from flexjax.masks._arguments import float_array, integer_array, known_values, named
 from flexjax.scores._types import ScoreMod
 
 
@@ -57,14 +57,16 @@ def graph_edge_bias(
             (H, places, types): the products of edge features and weights, summed beforehand. Possibly
             traced, and differentiable.
         edges: the type of each edge of the shortest path between two nodes, shape (N, N, places), or
-            (B, N, N, places); -1 behind the path's end. A pair without a path has a bias of 0.
+            (B, N, N, places); -1 behind the path's end. A pair without a path has a bias of 0. Possibly
+            traced: then types that the table lacks count as its last one.
 
     Returns:
         A score_mod named `graph_edge_bias`.
 
     Raises:
         TypeError: if `table` is not floating point or `edges` not made of integers.
-        ValueError: if one of them has another rank, or they differ in places.
+        ValueError: if one of them has another rank, they differ in places, or an edge has a type that the
+            table lacks.
 
     Source: Ying et al., Graphormer, arXiv 2106.05234, section 3.1.3.
     """
@@ -77,6 +79,12 @@ def graph_edge_bias(
         raise ValueError(
             f"{where}: table and edges must agree in the number of places along a path, but their shapes are "
             f"{weights.shape} and {types.shape}."
+        )
+    known = known_values(edges)
+    if known is not None and known.size and known.max() >= weights.shape[2]:
+        raise ValueError(
+            f"{where}: types of edges must be less than {weights.shape[2]}, the number that table has, but one "
+            f"is {known.max()}."
         )
 
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
