@@ -160,6 +160,11 @@ ONE = jnp.ones((1, 2, 16, 8))
 ERRORS = [
     (lambda: systems.longformer_attention(ONE, ONE, ONE, 2, [16]), ValueError, "from 0 to 15"),
     (
+        lambda: systems.longformer_attention(ONE, ONE, ONE, 2, [0], dilation=0),
+        ValueError,
+        "dilation must be at least 1",
+    ),
+    (
         lambda: systems.longformer_attention(
             ONE, ONE, ONE, 2, [9], global_projections=(ONE[:, :, :4], ONE, ONE)
         ),

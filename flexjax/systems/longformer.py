@@ -51,8 +51,8 @@ def longformer_attention(
         The output (B, Hq, L, Dv).
 
     Raises:
-        TypeError: if `window` or a global token is not an integer.
-        ValueError: if a global token is no position of the sequence, or shapes do not fit.
+        TypeError: if `window`, `dilation` or a global token is not an integer.
+        ValueError: if one of them is out of its range, or shapes do not fit.
 
     Source: Beltagy et al., "Longformer: The Long-Document Transformer", arXiv 2004.05150, section 3.1
     (linear projections for global attention).
@@ -66,6 +66,7 @@ def longformer_attention(
             f"length L, but they have {', '.join(str(x.shape) for x in (query, key, value, *wide))}."
         )
     length = query.shape[2]
+    dilation = check_integer(where, "dilation", dilation, at_least=1)
     tokens = np.unique([check_integer(where, "a global token", t) for t in global_tokens])
     if len(tokens) and not 0 <= tokens[0] <= tokens[-1] < length:
         raise ValueError(
