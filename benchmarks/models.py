@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from benchmarks import records
 from benchmarks.contest import Rows
 from benchmarks.progress import Progress
 from benchmarks.table import is_ours
+from examples.llama.config import make_config
+from examples.llama.model import Llama
 
 LAYERS = 2
 # A small vocabulary: the embeddings of 128256 tokens would outweigh a few layers, for all peers alike.
@@ -42,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config(arguments: argparse.Namespace, **changes: Any) -> Any:
     """The model of a command line."""
-    from examples.llama.config import make_config
-
     style = changes.pop("style", "llama")
     sizes = _QUICK if arguments.quick else {"vocabulary": VOCABULARY}
     return make_config("8B", style, layers=arguments.layers, **sizes, **changes)
@@ -70,9 +71,6 @@ def attention(config: Any, peer: str) -> Any:
 
 def parameters(config: Any, dtype: str) -> Any:
     """Random parameters of the model, as nested dictionaries."""
-    from flax import nnx
-
-    from examples.llama.model import Llama
 
     @jax.jit
     def make() -> Any:
@@ -84,10 +82,6 @@ def parameters(config: Any, dtype: str) -> Any:
 
 def merger(config: Any) -> Callable[[Any], Any]:
     """A function from `parameters` to the model."""
-    from flax import nnx
-
-    from examples.llama.model import Llama
-
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))), nnx.Param)
 
     def merge(params: Any) -> Any:

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-import flexjax
 from benchmarks import contest, plots, records, run, suite_plots, train
 from benchmarks.timing import Plan
 
@@ -60,8 +59,6 @@ def test_a_contest_times_what_is_right_and_says_why_the_rest_is_not():
 
 @pytest.mark.parametrize("suite", ["train", "infer"])
 def test_suites_of_models(suite, tmp_path):
-    if suite == "infer" and not hasattr(flexjax, "decode"):
-        pytest.skip("there is no flexjax.decode yet")
     options = ["--quick", "--layers", "1", "--peers", "flexjax", "--out", str(tmp_path)]
     with jax.numpy_rank_promotion("allow"):
         assert run.main([suite, *options, *(["--only", "decode"] if suite == "infer" else [])]) == 0
