@@ -100,6 +100,12 @@ def test_pictures_of_decoding_and_of_models(tmp_path):
     (axes,) = suite_plots.bandwidth_bars(rows).axes
     assert [line.get_ydata()[0] for line in axes.lines] == [3.0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([2.5, 1.5, 2.8])
+    uneven = [{**rows[1], "run": "3", "lengths": [1024, least]} for least in (16, 512)]
+    (axes,) = suite_plots.bandwidth_bars(uneven).axes
+    assert [tick.get_text().splitlines()[-1] for tick in axes.get_xticklabels()] == [
+        "to 16",
+        "to 512",
+    ]
     files = plots.draw(rows, tmp_path)
     assert {file.name for file in files} == {"infer-bandwidth.png", "infer-tokens.png"}
     assert suite_plots.mask_lines([]) is None

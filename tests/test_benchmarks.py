@@ -380,6 +380,20 @@ def test_ratios_are_taken_inside_the_last_run_of_a_case():
     assert [row["ms"] for row in plots.latest(rows)] == [8.0, 1.0, 2.0]
 
 
+def test_a_run_with_kernel_options_takes_no_default_rows_place():
+    run = {"run": "20261123T100000"}
+    default = [_row("flexjax/mosaic_gpu", 1.0, config={}), _row("torch_flex", 2.0, config={})]
+    varlen = _row("fa3", 3.0, variant="document", config={"varlen": True})
+    later = [
+        _row("flexjax/mosaic_gpu", 1.5, config={"deterministic": True}, **run),
+        _row("torch_flex", 2.5, config={}, **run),
+    ]
+    rows = [*default, varlen, *later]
+    assert plots.latest(rows) == table.by_default(rows) == [*default, varlen]
+    model = _row("flexjax", 1.0, suite="infer", config={"layers": 2}, **run)
+    assert table.by_default([model]) == [model]
+
+
 def test_ratio_bars_and_targets_are_drawn():
     rows = [
         _row("flexjax/mosaic_gpu", 1.0),
