@@ -12,7 +12,6 @@ _COLOURS = {
     "flexjax": "#c1272d",
     "flexjax/host": "#f2a0a3",
     "flexjax/mosaic_gpu": "#c1272d",
-    "flexjax/triton": "#e8743b",
     "flexjax/xla": "#f2b48c",
     "torch_flex": "#1f5a99",
     "torch_flex_autotuned": "#7fb2e0",

@@ -321,7 +321,6 @@ def test_provenance_takes_the_commit_that_it_is_told(monkeypatch):
     ("program", "backend"),
     [
         ('%a = f32[2] custom-call(%b), custom_call_target="mosaic_gpu_v2"', "mosaic_gpu"),
-        ('%a = f32[2] custom-call(%b), custom_call_target="triton_kernel_call"', "triton"),
         ('%a = f32[2] custom-call(%b), custom_call_target="__cublas$gemm"', "xla"),
         ('%mosaic_gpu = f32[2] add(%b, %c), metadata={op_name="mosaic_gpu"}', "xla"),
     ],
