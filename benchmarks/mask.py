@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import records
 from benchmarks.peers import torch_common
 from benchmarks.settings import QUICK_PLAN
-from benchmarks.timing import Plan, Timing, clock_reader, interleaved
+from benchmarks.timing import Plan, add_times
 from benchmarks.variants import VARIANTS, Shape, Variant
 from flexjax import create_block_mask
 
@@ -89,10 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(arguments.out, "mask", run_id, origin["device"])
+    log = records.Log("mask", arguments.out, not arguments.quick or arguments.out is not None)
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=5, calls=10, warmup=2)
-    write = not arguments.quick or arguments.out is not None
     peers: dict[str, Callable[[Case], Builder | None]] = {
         "flexjax": in_program,
         "flexjax/host": on_host,
@@ -104,17 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"without torch_flex: {reason}")
     failed = False
     for case in cases(arguments):
-        rows = [
-            records.make_row(suite="mask", run=run_id, **row, **origin)
-            for row in measure(case, peers, plan)
-        ]
+        rows = log.add(measure(case, peers, plan))
         for row in rows:
             print(line(row), flush=True)
         failed |= any("failure" in row for row in rows if row["peer"].startswith("flexjax"))
-        if write:
-            records.append(path, rows)
-    if write:
-        print(f"rows: {path}")
+    log.close()
     return int(failed)
 
 
@@ -146,7 +138,7 @@ def measure(
                 continue
             counts = builder.counts(builder.run())
         except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            row["failure"] = records.failure(error)
             rows[name] = row
             continue
         row |= builder.figures | {"density": round(float(counts.sum()) / case.blocks**2, 6)}
@@ -157,21 +149,9 @@ def measure(
         else:
             row["failure"] = "wrong result: other numbers of blocks are visited than should be"
         rows[name] = row
-    timings, failures = interleaved(builders, plan, clock=clock_reader())
-    for name, timing in timings.items():
-        rows[name] |= _timing(timing)
-    for name, error in failures.items():
-        rows[name]["failure"] = f"{type(error).__name__}: {error}"
+    add_times(rows, builders, plan)
     gc.collect()
     return list(rows.values())
-
-
-def _timing(timing: Timing) -> dict[str, Any]:
-    return {
-        "ms": round(timing.ms, 5),
-        "spread": round(timing.spread, 4),
-        "sm_clock": timing.sm_clock,
-    }
 
 
 def visited(case: Case) -> np.ndarray:

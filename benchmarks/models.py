@@ -111,14 +111,12 @@ def keys(config: Any, variant: str, batch: int, q_len: int, kv_len: int, **facts
 
 
 class Log:
-    """The rows of a run: written as soon as they are there, and told in a line each."""
+    """The rows of a run, told in a line each; see `benchmarks.records.Log`."""
 
     def __init__(self, suite: str, arguments: argparse.Namespace) -> None:
-        self.suite, self.minutes = suite, arguments.minutes
-        self.origin, self.run_id = records.provenance(), records.new_run()
-        self.path = records.results_file(arguments.out, suite, self.run_id, self.origin["device"])
-        self.write = not arguments.quick or arguments.out is not None
-        self.rows: Rows = []
+        self.minutes = arguments.minutes
+        write = not arguments.quick or arguments.out is not None
+        self.log = records.Log(suite, arguments.out, write)
 
     def late(self, progress: Progress) -> bool:
         """Whether no further case may begin."""
@@ -129,13 +127,7 @@ class Log:
 
     def add(self, rows: Rows, progress: Progress) -> None:
         """Adds the rows of one case."""
-        new = [
-            records.make_row(suite=self.suite, run=self.run_id, **row, **self.origin)
-            for row in rows
-        ]
-        self.rows += new
-        if self.write:
-            records.append(self.path, new)
+        new = self.log.add(rows)
         progress.end(f"{new[0]['variant']} B {new[0]['B']} S {new[0]['S']}")
         mine = next((row["ms"] for row in new if is_ours(row) and "ms" in row), None)
         for row in new:
@@ -144,9 +136,8 @@ class Log:
     def close(self, progress: Progress) -> int:
         """1 if flexjax failed anywhere, else 0."""
         progress.close()
-        if self.write:
-            print(f"rows: {self.path}")
-        return int(any("failure" in row for row in self.rows if is_ours(row)))
+        self.log.close()
+        return int(any("failure" in row for row in self.log.rows if is_ours(row)))
 
 
 def line(row: dict[str, Any], mine: float | None) -> str:
