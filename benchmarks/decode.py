@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from benchmarks import decode_steps, records
 from benchmarks.decode_peers import PEERS, FlexjaxDecode, Prepared
 from benchmarks.decode_steps import GROUPS, DecodeStep, Group
-from benchmarks.settings import QUICK_PLAN
+from benchmarks.settings import QUICK, QUICK_PLAN, add_output, writes
 from benchmarks.timing import Plan, add_times
 from flexjax import KVCache, decode
 
@@ -56,18 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-options", type=json.loads, default={}, help="flexjax's kernel_options, as JSON"
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="sizes that a CPU computes at once and few repeats; no rows are written without --out",
-    )
+    add_output(parser, QUICK)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
     began = time.perf_counter()
-    log = records.Log("decode", arguments.out, not arguments.quick or arguments.out is not None)
+    log = records.Log("decode", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=arguments.rounds, calls=arguments.calls)
     known = PEERS | {"flexjax": FlexjaxDecode(arguments.kernel_options)}
     peers = {name: known[name] for name in arguments.peers or known}

@@ -222,14 +222,13 @@ def prompts(arguments: argparse.Namespace, minutes: float | None) -> int:
         parser.parse_args(["--quick"] if arguments.quick else [])
     )
     shapes = tuple(shape.shrunk() for shape in PROMPTS[:1]) if arguments.quick else PROMPTS
-    write = not arguments.quick or arguments.out is not None
     settings = dataclasses.replace(
         settings,
         shapes=shapes,
         peers=models.peers(arguments),
         minutes=minutes,
         out=arguments.out,
-        write=write,
+        write=command_line.writes(arguments),
     )
     rows = session.run(Prompts(), settings)
     print(table.summary(rows))

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 
 from benchmarks import records
 from benchmarks.peers import torch_common
-from benchmarks.settings import QUICK_PLAN
+from benchmarks.settings import QUICK_PLAN, add_output, writes
 from benchmarks.timing import Plan, add_times
 from benchmarks.variants import VARIANTS, Shape, Variant
 from flexjax import create_block_mask
@@ -79,17 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: list(map(int, names(text))),
         help=f"{BLOCK_SIZES}; those after the first up to a length of {SMALL_BLOCK_LENGTH}",
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="short sequences and few repeats; no rows are written without --out",
-    )
+    add_output(parser, "short sequences and few repeats")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
-    log = records.Log("mask", arguments.out, not arguments.quick or arguments.out is not None)
+    log = records.Log("mask", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=5, calls=10, warmup=2)
     peers: dict[str, Callable[[Case], Builder | None]] = {
         "flexjax": in_program,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 from benchmarks import records
 from benchmarks.contest import Rows
 from benchmarks.progress import Progress
+from benchmarks.settings import add_output, writes
 from benchmarks.table import is_ours
 from examples.llama.config import make_config
 from examples.llama.model import Llama
@@ -35,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, default=LAYERS, help="of 8B size")
     parser.add_argument("--minutes", type=float, help="begin no case after these")
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a tiny model and few repeats; no rows are written without --out",
-    )
+    add_output(parser, "a tiny model and few repeats")
 
 
 def config(arguments: argparse.Namespace, **changes: Any) -> Any:
@@ -115,8 +110,7 @@ class Log:
 
     def __init__(self, suite: str, arguments: argparse.Namespace) -> None:
         self.minutes = arguments.minutes
-        write = not arguments.quick or arguments.out is not None
-        self.log = records.Log(suite, arguments.out, write)
+        self.log = records.Log(suite, arguments.out, writes(arguments))
 
     def late(self, progress: Progress) -> bool:
         """Whether no further case may begin."""

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from benchmarks.inputs import Inputs
 from benchmarks.peers.base import compiled_jax
 from benchmarks.peers.flexjax_peer import backend_in
 from benchmarks.reference import reference_gradients, reference_heads
-from benchmarks.settings import QUICK_PLAN
+from benchmarks.settings import QUICK_PLAN, add_output, writes
 from benchmarks.timing import Plan, add_times
 from benchmarks.variants import Mods, Shape, Variant, Visible
 from flexjax.masks import CanvasOrder, morton_order, neighborhood, neighborhood_2d, tiled_order
@@ -115,16 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: [part.strip() for part in text.split(";")],
         help=f"separated by semicolons, of {'; '.join(LAYOUTS)}; all, '{BASE}' always",
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick", action="store_true", help="a small canvas; no rows are written without --out"
-    )
+    add_output(parser, "a small canvas")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if any layout failed, else 0."""
-    write = not arguments.quick or arguments.out is not None
-    log = records.Log("neighborhood", arguments.out, write)
+    log = records.Log("neighborhood", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan()
     sizes = ((32, 32), (5, 5), 1, 2) if arguments.quick else ((128, 128), (13, 13), 2, 16)
     chosen = [BASE, *(n for n in arguments.layouts or LAYOUTS if n != BASE)]
