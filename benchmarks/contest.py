@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.timing import Plan, clock_reader, interleaved
+from benchmarks.records import failure
+from benchmarks.timing import Plan, add_times
 
 Rows = list[dict[str, Any]]
 
@@ -72,7 +73,7 @@ def contest(
             row |= {"compile_s": round(entry.compile_s, 3), "peak_mb": entry.peak_mb}
             row["error"], wrong = check(jax.block_until_ready(entry.run()))
         except Exception as error:
-            row["failure"] = sentence(error)
+            row["failure"] = failure(error)
         if "failure" in row:  # outside of the handler, which holds on to the failed call's arrays
             if entry is not None:
                 entry.recover()
@@ -81,12 +82,7 @@ def contest(
             entries[peer] = entry
         else:
             row["failure"] = wrong
-    timings, failures = interleaved(entries, plan, clock=clock_reader())
-    for peer, timing in timings.items():
-        rows[peer] |= {"ms": round(timing.ms, 5), "spread": round(timing.spread, 4)}
-        rows[peer] |= {"sm_clock": timing.sm_clock, **figures(timing.ms)}
-    for peer, error in failures.items():
-        rows[peer]["failure"] = sentence(error)
+    add_times(rows, entries, plan, lambda peer, ms: figures(ms))
     return list(rows.values())
 
 
@@ -103,7 +99,3 @@ def judged(error: float, limit: float) -> tuple[float, str | None]:
     if error <= limit:  # not so for NaN
         return error, None
     return error, f"wrong result: relative error {error:.2e}, at most {limit:.2e} is accepted"
-
-
-def sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +24,8 @@ import jax.numpy as jnp
 from benchmarks import decode_steps, records
 from benchmarks.decode_peers import PEERS, FlexjaxDecode, Prepared
 from benchmarks.decode_steps import GROUPS, DecodeStep, Group
-from benchmarks.settings import QUICK_PLAN
-from benchmarks.timing import Plan, Timing, clock_reader, interleaved
+from benchmarks.settings import QUICK, QUICK_PLAN, add_output, writes
+from benchmarks.timing import Plan, add_times
 from flexjax import KVCache, decode
 
 COPY = "copy"
@@ -56,21 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-options", type=json.loads, default={}, help="flexjax's kernel_options, as JSON"
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="sizes that a CPU computes at once and few repeats; no rows are written without --out",
-    )
+    add_output(parser, QUICK)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
     began = time.perf_counter()
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(arguments.out, "decode", run_id, origin["device"])
+    log = records.Log("decode", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=arguments.rounds, calls=arguments.calls)
-    write = not arguments.quick or arguments.out is not None
     known = PEERS | {"flexjax": FlexjaxDecode(arguments.kernel_options)}
     peers = {name: known[name] for name in arguments.peers or known}
     for name, peer in list(peers.items()):
@@ -88,16 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
             if name == HOST
             else measure(_small(GROUPS[name]) if arguments.quick else GROUPS[name], peers, plan)
         )
-        rows = [records.make_row(suite="decode", run=run_id, **row, **origin) for row in measured]
+        rows = log.add(measured)
         print(f"{name} ({time.perf_counter() - began:.0f} s)", flush=True)
         for row in rows:
             print(f"  {line(row, rows)}", flush=True)
         failed |= any("failure" in row for row in rows if row["peer"] == "flexjax")
-        if write:
-            records.append(path, rows)
         decode_steps.cache_arrays.cache_clear()
-    if write:
-        print(f"rows: {path}")
+    log.close()
     return int(failed)
 
 
@@ -130,7 +119,7 @@ def _copy(quick: bool) -> _Copy:
 
 def measure(group: Group, peers: dict[str, Any], plan: Plan) -> list[Row]:
     """The rows of a group: the copy, and every peer's of every step."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Row] = {COPY: {"peer": COPY, "variant": COPY}}
     contenders: dict[str, Any] = {COPY: _copy(plan == QUICK_PLAN)}
     prepared: dict[str, tuple[DecodeStep, Callable[[], Prepared]]] = {}
     with ThreadPoolExecutor(8) as pool:  # programs are compiled side by side
@@ -153,23 +142,16 @@ def measure(group: Group, peers: dict[str, Any], plan: Plan) -> list[Row]:
             else:
                 rows[key]["failure"] = f"wrong result: relative error {off:.2e}"
         except Exception as error:
-            rows[key]["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    timings, failures = interleaved(contenders, plan, clock=clock_reader())
-    copied = 2 * contenders[COPY].array.nbytes
-    copy_tbs = copied / timings[COPY].ms / 1e9
-    for key, timing in timings.items():
-        if key != COPY:
-            tbs = prepared[key][0].bytes / timing.ms / 1e9
-            rows[key] |= _times(timing) | {
-                "tbs": round(tbs, 4),
-                "of_copy": round(tbs / copy_tbs, 4),
-            }
-    for key, error in failures.items():
-        rows[key]["failure"] = f"{type(error).__name__}: {error}"
+            rows[key]["failure"] = records.failure(error)
+    moved = {key: step.bytes for key, (step, _) in prepared.items()}
+    moved[COPY] = 2 * contenders[COPY].array.nbytes
+    add_times(rows, contenders, plan, lambda key, ms: {"tbs": round(moved[key] / ms / 1e9, 4)})
+    for key, row in rows.items():
+        if key != COPY and "tbs" in row:
+            row["of_copy"] = round(row["tbs"] / rows[COPY]["tbs"], 4)
     for peer in peers.values():
         peer.release()
-    copy_row = {"peer": COPY, "variant": COPY, **_times(timings[COPY]), "tbs": round(copy_tbs, 4)}
-    return [copy_row, *rows.values()]
+    return list(rows.values())
 
 
 def _keys(step: DecodeStep) -> Row:
@@ -183,14 +165,6 @@ def _keys(step: DecodeStep) -> Row:
         "page": step.page,
         "dtype": "bfloat16",
         "layout": "BHLD",
-    }
-
-
-def _times(timing: Timing) -> Row:
-    return {
-        "ms": round(timing.ms, 5),
-        "spread": round(timing.spread, 4),
-        "sm_clock": timing.sm_clock,
     }
 
 

@@ -27,6 +27,7 @@ from benchmarks.forward import Forward
 from benchmarks.progress import Progress
 from benchmarks.timing import Plan
 from benchmarks.variants import Shape
+from examples.llama.serving import decode_step
 
 # (context, batch): first the one that matters most, should time run out.
 CASES = (
@@ -134,8 +135,6 @@ class Box:
 
     def reference(self, dtype: str, lengths: Any, tokens: Any) -> Any:
         """Logits of the first and the last sequence, by dense attention in a dtype."""
-        from examples.llama.serving import decode_step
-
         config = dataclasses.replace(self.config, attention="xla", dtype=dtype)
         merge = models.merger(config)
 
@@ -153,8 +152,6 @@ class Box:
 
     def entry(self, config: Any, lengths: Any, tokens: Any) -> Callable[[], Entry]:
         """A peer's step, once it is compiled."""
-        from examples.llama.serving import decode_step
-
         merge = models.merger(config)
 
         def step(caches: Any, params: Any, lengths: Any, tokens: Any) -> Any:
@@ -225,14 +222,13 @@ def prompts(arguments: argparse.Namespace, minutes: float | None) -> int:
         parser.parse_args(["--quick"] if arguments.quick else [])
     )
     shapes = tuple(shape.shrunk() for shape in PROMPTS[:1]) if arguments.quick else PROMPTS
-    write = not arguments.quick or arguments.out is not None
     settings = dataclasses.replace(
         settings,
         shapes=shapes,
         peers=models.peers(arguments),
         minutes=minutes,
         out=arguments.out,
-        write=write,
+        write=command_line.writes(arguments),
     )
     rows = session.run(Prompts(), settings)
     print(table.summary(rows))

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ import numpy as np
 
 from benchmarks import records
 from benchmarks.peers import torch_common
-from benchmarks.settings import QUICK_PLAN
-from benchmarks.timing import Plan, Timing, clock_reader, interleaved
+from benchmarks.settings import QUICK_PLAN, add_output, writes
+from benchmarks.timing import Plan, add_times
 from benchmarks.variants import VARIANTS, Shape, Variant
 from flexjax import create_block_mask
 
@@ -79,20 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: list(map(int, names(text))),
         help=f"{BLOCK_SIZES}; those after the first up to a length of {SMALL_BLOCK_LENGTH}",
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="short sequences and few repeats; no rows are written without --out",
-    )
+    add_output(parser, "short sequences and few repeats")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(arguments.out, "mask", run_id, origin["device"])
+    log = records.Log("mask", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan(rounds=5, calls=10, warmup=2)
-    write = not arguments.quick or arguments.out is not None
     peers: dict[str, Callable[[Case], Builder | None]] = {
         "flexjax": in_program,
         "flexjax/host": on_host,
@@ -104,17 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"without torch_flex: {reason}")
     failed = False
     for case in cases(arguments):
-        rows = [
-            records.make_row(suite="mask", run=run_id, **row, **origin)
-            for row in measure(case, peers, plan)
-        ]
+        rows = log.add(measure(case, peers, plan))
         for row in rows:
             print(line(row), flush=True)
         failed |= any("failure" in row for row in rows if row["peer"].startswith("flexjax"))
-        if write:
-            records.append(path, rows)
-    if write:
-        print(f"rows: {path}")
+    log.close()
     return int(failed)
 
 
@@ -146,7 +132,7 @@ def measure(
                 continue
             counts = builder.counts(builder.run())
         except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            row["failure"] = records.failure(error)
             rows[name] = row
             continue
         row |= builder.figures | {"density": round(float(counts.sum()) / case.blocks**2, 6)}
@@ -157,21 +143,9 @@ def measure(
         else:
             row["failure"] = "wrong result: other numbers of blocks are visited than should be"
         rows[name] = row
-    timings, failures = interleaved(builders, plan, clock=clock_reader())
-    for name, timing in timings.items():
-        rows[name] |= _timing(timing)
-    for name, error in failures.items():
-        rows[name]["failure"] = f"{type(error).__name__}: {error}"
+    add_times(rows, builders, plan)
     gc.collect()
     return list(rows.values())
-
-
-def _timing(timing: Timing) -> dict[str, Any]:
-    return {
-        "ms": round(timing.ms, 5),
-        "spread": round(timing.spread, 4),
-        "sm_clock": timing.sm_clock,
-    }
 
 
 def visited(case: Case) -> np.ndarray:

@@ -42,14 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; always 0."""
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(arguments.out, "mask_memory", run_id, origin["device"])
-    rows = []
+    log = records.Log("mask_memory", arguments.out)
     for row in measure(arguments.lengths):
-        rows.append(records.make_row(suite="mask_memory", run=run_id, **row, **origin))
-        records.append(path, rows[-1:])
-    print(table(rows))
-    print(f"rows: {path}")
+        log.add([row])
+    print(table(log.rows))
+    log.close()
     return 0
 
 

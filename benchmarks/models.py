@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from benchmarks import records
 from benchmarks.contest import Rows
 from benchmarks.progress import Progress
+from benchmarks.settings import add_output, writes
 from benchmarks.table import is_ours
+from examples.llama.config import make_config
+from examples.llama.model import Llama
 
 LAYERS = 2
 # A small vocabulary: the embeddings of 128256 tokens would outweigh a few layers, for all peers alike.
@@ -32,18 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, default=LAYERS, help="of 8B size")
     parser.add_argument("--minutes", type=float, help="begin no case after these")
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a tiny model and few repeats; no rows are written without --out",
-    )
+    add_output(parser, "a tiny model and few repeats")
 
 
 def config(arguments: argparse.Namespace, **changes: Any) -> Any:
     """The model of a command line."""
-    from examples.llama.config import make_config
-
     style = changes.pop("style", "llama")
     sizes = _QUICK if arguments.quick else {"vocabulary": VOCABULARY}
     return make_config("8B", style, layers=arguments.layers, **sizes, **changes)
@@ -70,9 +66,6 @@ def attention(config: Any, peer: str) -> Any:
 
 def parameters(config: Any, dtype: str) -> Any:
     """Random parameters of the model, as nested dictionaries."""
-    from flax import nnx
-
-    from examples.llama.model import Llama
 
     @jax.jit
     def make() -> Any:
@@ -84,10 +77,6 @@ def parameters(config: Any, dtype: str) -> Any:
 
 def merger(config: Any) -> Callable[[Any], Any]:
     """A function from `parameters` to the model."""
-    from flax import nnx
-
-    from examples.llama.model import Llama
-
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))), nnx.Param)
 
     def merge(params: Any) -> Any:
@@ -117,14 +106,11 @@ def keys(config: Any, variant: str, batch: int, q_len: int, kv_len: int, **facts
 
 
 class Log:
-    """The rows of a run: written as soon as they are there, and told in a line each."""
+    """The rows of a run, told in a line each; see `benchmarks.records.Log`."""
 
     def __init__(self, suite: str, arguments: argparse.Namespace) -> None:
-        self.suite, self.minutes = suite, arguments.minutes
-        self.origin, self.run_id = records.provenance(), records.new_run()
-        self.path = records.results_file(arguments.out, suite, self.run_id, self.origin["device"])
-        self.write = not arguments.quick or arguments.out is not None
-        self.rows: Rows = []
+        self.minutes = arguments.minutes
+        self.log = records.Log(suite, arguments.out, writes(arguments))
 
     def late(self, progress: Progress) -> bool:
         """Whether no further case may begin."""
@@ -135,13 +121,7 @@ class Log:
 
     def add(self, rows: Rows, progress: Progress) -> None:
         """Adds the rows of one case."""
-        new = [
-            records.make_row(suite=self.suite, run=self.run_id, **row, **self.origin)
-            for row in rows
-        ]
-        self.rows += new
-        if self.write:
-            records.append(self.path, new)
+        new = self.log.add(rows)
         progress.end(f"{new[0]['variant']} B {new[0]['B']} S {new[0]['S']}")
         mine = next((row["ms"] for row in new if is_ours(row) and "ms" in row), None)
         for row in new:
@@ -150,9 +130,8 @@ class Log:
     def close(self, progress: Progress) -> int:
         """1 if flexjax failed anywhere, else 0."""
         progress.close()
-        if self.write:
-            print(f"rows: {self.path}")
-        return int(any("failure" in row for row in self.rows if is_ours(row)))
+        self.log.close()
+        return int(any("failure" in row for row in self.log.rows if is_ours(row)))
 
 
 def line(row: dict[str, Any], mine: float | None) -> str:

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +23,8 @@ from benchmarks.inputs import Inputs
 from benchmarks.peers.base import compiled_jax
 from benchmarks.peers.flexjax_peer import backend_in
 from benchmarks.reference import reference_gradients, reference_heads
-from benchmarks.settings import QUICK_PLAN
-from benchmarks.timing import Plan, clock_reader, interleaved
+from benchmarks.settings import QUICK_PLAN, add_output, writes
+from benchmarks.timing import Plan, add_times
 from benchmarks.variants import Mods, Shape, Variant, Visible
 from flexjax.masks import CanvasOrder, morton_order, neighborhood, neighborhood_2d, tiled_order
 
@@ -115,16 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: [part.strip() for part in text.split(";")],
         help=f"separated by semicolons, of {'; '.join(LAYOUTS)}; all, '{BASE}' always",
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick", action="store_true", help="a small canvas; no rows are written without --out"
-    )
+    add_output(parser, "a small canvas")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if any layout failed, else 0."""
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(arguments.out, "neighborhood", run_id, origin["device"])
+    log = records.Log("neighborhood", arguments.out, writes(arguments))
     plan = QUICK_PLAN if arguments.quick else Plan()
     sizes = ((32, 32), (5, 5), 1, 2) if arguments.quick else ((128, 128), (13, 13), 2, 16)
     chosen = [BASE, *(n for n in arguments.layouts or LAYOUTS if n != BASE)]
@@ -133,14 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
         problem = Problem(*sizes, dim)
         inputs = Inputs(problem.shape, "bfloat16")
         for backward in (False, True):
-            rows = [
-                records.make_row(suite="neighborhood", run=run_id, **row, **origin)
-                for row in measure(problem, inputs, chosen, plan, backward)
-            ]
+            rows = log.add(measure(problem, inputs, chosen, plan, backward))
             print(summary(rows), flush=True)
             failed |= any("failure" in row for row in rows)
-            if arguments.out is not None or not arguments.quick:
-                records.append(path, rows)
+    log.close()
     return int(failed)
 
 
@@ -171,21 +162,13 @@ def measure(
             row["compile_s"] = round(contender.compile_s or 0.0, 3)
             row["error"], wrong = check(contender, contender.call(0))
         except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            row["failure"] = records.failure(error)
             continue
         if wrong is None:
             contenders[name] = contender
         else:
             row["failure"] = wrong
-    timings, failures = interleaved(contenders, plan, clock=clock_reader())
-    for name, timing in timings.items():
-        rows[name] |= {
-            "ms": round(timing.ms, 5),
-            "spread": round(timing.spread, 4),
-            "sm_clock": timing.sm_clock,
-        }
-    for name, error in failures.items():
-        rows[name]["failure"] = f"{type(error).__name__}: {error}"
+    add_times(rows, contenders, plan)
     return list(rows.values())
 
 

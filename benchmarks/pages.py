@@ -148,8 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
     cases |= {
         (name, k): make(k) for k in TOP_K for name, make in (("bound", best), ("newest", newest))
     }
-    run_id, provenance = records.new_run(), records.provenance()
-    rows: list[dict[str, Any]] = []
+    log = records.Log("pages", None, not arguments.dry_run)
     base, exact = 0.0, np.zeros(0)
     for (name, k), attend in track(cases.items(), "measuring"):
         loss, y = measure(model, cache, text, attend)
@@ -157,29 +156,25 @@ def run(arguments: argparse.Namespace) -> int:
             base, exact = loss, y
             continue
         error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
-        rows.append(
-            records.make_row(
-                suite="pages",
-                run=run_id,
-                peer="flexjax/xla",
-                variant=name,
-                B=ROWS,
-                Hq=heads,
-                Hkv=heads,
-                L=1,
-                S=LENGTH,
-                D=WIDTH // heads,
-                page=PAGE,
-                top_k=k,
-                dtype="float32",
-                nats=round(loss - base, 4),
-                full_nats=round(base, 4),
-                error=round(float(error), 4),
-                **provenance,
-            )
-        )
+        row = {
+            "peer": "flexjax/xla",
+            "variant": name,
+            "B": ROWS,
+            "Hq": heads,
+            "Hkv": heads,
+            "L": 1,
+            "S": LENGTH,
+            "D": WIDTH // heads,
+            "page": PAGE,
+            "top_k": k,
+            "dtype": "float32",
+            "nats": round(loss - base, 4),
+            "full_nats": round(base, 4),
+            "error": round(float(error), 4),
+        }
+        log.add([row])
     table = Table("chosen by", "k", "of pages", "nats a byte above full", "error of the last layer")
-    for row in rows:
+    for row in log.rows:
         share = (row["top_k"] + 2) * PAGE / LENGTH
         table.add_row(
             row["variant"],
@@ -189,6 +184,5 @@ def run(arguments: argparse.Namespace) -> int:
             f"{row['error']:.3f}",
         )
     Console().print(table, f"full attention: {base:.3f} nats a byte")
-    if not arguments.dry_run:
-        records.append(records.results_file(None, "pages", run_id, provenance["device"]), rows)
+    log.close()
     return 0

@@ -12,7 +12,6 @@ _COLOURS = {
     "flexjax": "#c1272d",
     "flexjax/host": "#f2a0a3",
     "flexjax/mosaic_gpu": "#c1272d",
-    "flexjax/triton": "#e8743b",
     "flexjax/xla": "#f2b48c",
     "torch_flex": "#1f5a99",
     "torch_flex_autotuned": "#7fb2e0",
@@ -20,6 +19,7 @@ _COLOURS = {
     "tokamax": "#7b4fa3",
     "jax_cudnn": "#5f6b76",
     "torch_cudnn": "#9aa5ae",
+    "torch_sdpa": "#9aa5ae",
     "torch_fa2": "#c6ccd1",
     "jax_xla": "#d9c27a",
 }
@@ -52,6 +52,7 @@ def _drawn(row: dict[str, Any], panels: list[tuple[str, Values]]) -> bool:
 def _bars(axes: Any, shape: str, values: Values, label: str) -> None:
     most = max(map(len, values.values()))
     width = min(0.84 / most, 0.2)
+    narrow = most > 3 or width / len(values) < 0.02  # narrower than its label
     for place, found in enumerate(values.values()):
         for index, peer in enumerate(ordered(found)):
             height, bar = found[peer]
@@ -67,7 +68,7 @@ def _bars(axes: Any, shape: str, values: Values, label: str) -> None:
                 va="bottom",
                 color="white",
                 fontsize=7,
-                rotation=90 if most > 3 else 0,
+                rotation=90 if narrow else 0,
             )
             if bar is not None:
                 _mark(axes, x, width, bar)

@@ -13,11 +13,9 @@ from typing import Any
 from benchmarks import records
 from benchmarks.panels import Rows, Values, colour, figure_of, legend, ordered, panels_of_bars
 from benchmarks.suite_plots import bandwidth_bars, mask_lines, token_bars
-from benchmarks.table import case_key, is_ours, ours
+from benchmarks.table import ATTENTION, by_default, case_key, is_ours, ours
 from benchmarks.targets import shape_name, target
 from benchmarks.variants import SHAPES
-
-SUITES = ("forward", "backward")  # of single attentions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +48,7 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
     for suite, pictures in PICTURES.items():
         chosen = [row for row in rows if row["suite"] == suite]
         for name, picture in pictures.items():
-            figure = picture(latest(chosen) if suite in SUITES else chosen)
+            figure = picture(latest(chosen) if suite in ATTENTION else chosen)
             if figure is not None:
                 files.append(folder / f"{suite}-{name}.png")
                 figure.savefig(files[-1], dpi=110)
@@ -58,8 +56,8 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
 
 
 def latest(rows: Rows) -> Rows:
-    """The timed rows of each case's last run, for ratios are taken inside a run only."""
-    timed = [row for row in rows if "ms" in row]
+    """The timed rows of each case's last run by default, for ratios are taken inside a run only."""
+    timed = [row for row in by_default(rows) if "ms" in row]
     last: dict[Any, str] = {}
     for row in timed:
         key = case_key(row)

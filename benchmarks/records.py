@@ -104,10 +104,44 @@ def device_folder(device: str) -> str:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows to a file. Called after every case, so that a run that is cut short keeps what it has."""
+    """Adds rows to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+class Log:
+    """The rows of a run: written as soon as they are there, so that a run that is cut short keeps what it has.
+
+    Args:
+        suite: key of all rows.
+        out: folder of the file; None for the committed results.
+        write: whether rows are written at all.
+    """
+
+    def __init__(self, suite: str, out: Path | None, write: bool = True) -> None:
+        self.run, self.origin = new_run(), provenance()
+        self._suite, self._write = suite, write
+        self.path = results_file(out, suite, self.run, self.origin["device"])
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Completes rows with what is the same in all of the run, writes them and returns them."""
+        new = [make_row(suite=self._suite, run=self.run, **row, **self.origin) for row in measured]
+        self.rows += new
+        if self._write:
+            append(self.path, new)
+        return new
+
+    def close(self) -> None:
+        """Says where the rows are."""
+        if self._write:
+            print(f"rows: {self.path}")
+
+
+def failure(error: Exception) -> str:
+    """What a row says of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.table import by_case, case_key, is_ours, ours
+from benchmarks.table import by_case, by_default, case_key, is_ours, ours
 from benchmarks.targets import shape_name
 
 Rows = list[dict[str, Any]]
@@ -59,7 +59,7 @@ def page(results: Path = records.RESULTS) -> tuple[str, dict[str, Path]]:
 
 def _rows(folder: Path, suite: str) -> Rows:
     """The rows of a suite's files that are about a size; where they do not say S, it is L."""
-    rows = records.read(sorted(folder.glob(f"{suite}-*.jsonl")))
+    rows = by_default(records.read(sorted(folder.glob(f"{suite}-*.jsonl"))))
     return [{"S": row["L"], **row} for row in rows if "L" in row]
 
 
@@ -90,7 +90,12 @@ def _name(row: dict[str, Any]) -> str:
     if "D" not in row:
         return f"S{row['S']}"
     page = f", pages of {row['page']}" if "page" in row else ""
-    return shape_name(row) + page + (", uneven" if "lengths" in row else "")
+    return shape_name(row) + page + _lengths(row)
+
+
+def _lengths(row: dict[str, Any]) -> str:
+    lengths = row.get("lengths")
+    return f", lengths {max(lengths)} to {min(lengths)}" if lengths else ""
 
 
 def _table(cases: list[Rows]) -> str:

@@ -11,7 +11,7 @@ from benchmarks import peers, records, table
 from benchmarks.progress import Progress
 from benchmarks.reference import HeadReference, gate
 from benchmarks.settings import Settings
-from benchmarks.timing import Timing, clock_reader, interleaved
+from benchmarks.timing import add_times, clock_reader
 from benchmarks.variants import work
 
 Rows = list[dict[str, Any]]
@@ -58,14 +58,12 @@ def run(
     if able is None:
         names = list(settings.peers or default_peers)
         able, reasons = peers.partition(names + peers.base_name(settings.base))
-    origin, run_id = records.provenance(), records.new_run()
-    path = records.results_file(settings.out, suite.name, run_id, origin["device"])
+    log = records.Log(suite.name, settings.out, settings.write)
     progress = Progress(suite.count(settings))
-    progress.say(f"run {run_id} on {origin['device']}, commit {origin['commit']}")
+    progress.say(f"run {log.run} on {log.origin['device']}, commit {log.origin['commit']}")
     for name, reason in reasons.items():
         progress.say(f"without {name}: {reason}")
     clock = clock_reader()
-    rows: Rows = []
     for case in suite.cases(settings):
         label = f"{case.shape.name} {case.variant.name}"
         if settings.minutes is not None and progress.seconds > 60 * settings.minutes:
@@ -74,16 +72,11 @@ def run(
             )
             break
         progress.begin(label)
-        measured = measure(suite, case, able, settings, clock)
-        new = [records.make_row(suite=suite.name, run=run_id, **row, **origin) for row in measured]
-        rows += new
-        if settings.write:
-            records.append(path, new)
+        new = log.add(measure(suite, case, able, settings, clock))
         progress.end(f"{label}: {table.case_line(new)}")
     progress.close()
-    if settings.write:
-        print(f"rows: {path}")
-    return rows
+    log.close()
+    return log.rows
 
 
 def run_and_report(suite: Suite, settings: Settings) -> int:
@@ -130,17 +123,15 @@ def measure(
             row.update(_contender_keys(contender))
             row["error"], wrong = check(contender, contender.call(0))
         except Exception as error:
-            row["failure"] = _sentence(error)
+            row["failure"] = records.failure(error)
             continue
         if wrong is None:
             contenders[peer.name] = contender
         else:
             row["failure"] = wrong
-    timings, failures = interleaved(contenders, settings.plan, clock=clock)
-    for name, timing in timings.items():
-        rows[name].update(_timing_keys(timing), **suite.figures(case, timing.ms))
-    for name, error in failures.items():
-        rows[name]["failure"] = _sentence(error)
+    add_times(
+        rows, contenders, settings.plan, lambda name, ms: suite.figures(case, ms), clock=clock
+    )
     for peer in able:
         peer.release()
     return list(rows.values())
@@ -167,16 +158,3 @@ def _contender_keys(contender: peers.Contender) -> dict[str, Any]:
     if contender.density is not None:
         keys |= {"block_size": contender.block_size, "density": contender.density}
     return keys
-
-
-def _timing_keys(timing: Timing) -> dict[str, Any]:
-    return {
-        "ms": round(timing.ms, 5),
-        "spread": round(timing.spread, 4),
-        "sm_clock": timing.sm_clock,
-    }
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"

@@ -44,6 +44,22 @@ class Settings:
     base: str | None = None
 
 
+QUICK = "sizes that a CPU computes at once and few repeats"
+
+
+def add_output(parser: argparse.ArgumentParser, quick: str) -> None:
+    """The options of where rows go; `quick` says what is smaller then."""
+    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{quick}; no rows are written without --out"
+    )
+
+
+def writes(arguments: argparse.Namespace) -> bool:
+    """Whether rows are written: those of --quick only where --out says so."""
+    return not arguments.quick or arguments.out is not None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=_names(SHAPES), help=f"of {', '.join(SHAPES)}; all")
     parser.add_argument(
@@ -63,12 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: [int(part) for part in _list(text)],
         help="run the shapes at these lengths instead, with the same number of tokens",
     )
-    parser.add_argument("--out", type=Path, help="folder for the rows; benchmarks/results/<device>")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="sizes that a CPU computes at once and few repeats; no rows are written without --out",
-    )
+    add_output(parser, QUICK)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, help=f"turns of each peer; {Plan.rounds}")
     parser.add_argument("--calls", type=int, help=f"queued calls a turn; {Plan.calls}")
@@ -99,7 +110,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         dtype=arguments.dtype,
         seed=arguments.seed,
         out=arguments.out,
-        write=not arguments.quick or arguments.out is not None,
+        write=writes(arguments),
         minutes=arguments.minutes,
         base=arguments.base,
     )

@@ -8,6 +8,8 @@ from benchmarks.targets import shape_name, target
 
 Rows = list[dict[str, Any]]
 
+ATTENTION = ("forward", "backward")  # suites of single attentions
+
 
 def is_ours(row: dict[str, Any]) -> bool:
     """Whether flexjax made this row."""
@@ -19,6 +21,20 @@ def case_key(row: dict[str, Any]) -> tuple[Any, ...]:
     names = ("dtype", "B", "Hq", "Hkv", "L", "S", "D", "window", "page")
     lengths = tuple(row.get("lengths", ()))  # of sequences in caches, where they differ
     return row["suite"], row["variant"], *(row.get(name) for name in names), lengths
+
+
+def by_default(rows: Rows) -> Rows:
+    """The rows without those runs of single attentions in which flexjax was given kernel options.
+
+    Their peers go with them, for the ratios of such a run are not those of the default configuration, of which
+    pictures and tables tell. Other suites keep facts of the case in `config`.
+    """
+    given = {
+        (row["suite"], row["run"])
+        for row in rows
+        if row["suite"] in ATTENTION and is_ours(row) and row.get("config")
+    }
+    return [row for row in rows if (row["suite"], row["run"]) not in given]
 
 
 def by_case(rows: Rows) -> list[Rows]:

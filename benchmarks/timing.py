@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.records import failure
+
 
 class Timed(Protocol):
     """What can be timed.
@@ -149,6 +151,31 @@ def interleaved(
                 failures[str(name)] = error
     timings = {name: turns[name].timing() for name in contenders if name not in failures}
     return timings, failures
+
+
+def add_times(
+    rows: Mapping[str, dict[str, Any]],
+    contenders: Mapping[str, Timed],
+    plan: Plan,
+    figures: Callable[[str, float], dict[str, Any]] = lambda name, ms: {},
+    clock: Callable[[], float | None] | None = None,
+) -> None:
+    """Times the contenders in turns and adds the result, or why there is none, to their rows.
+
+    Args:
+        rows: by the contenders' names, perhaps among others.
+        contenders: see `interleaved`.
+        plan: how much is measured.
+        figures: further keys, from a contender's name and the milliseconds of a call.
+        clock: the device's clock; a new reader if there is none.
+    """
+    timings, failures = interleaved(contenders, plan, clock=clock or clock_reader())
+    for name, timing in timings.items():
+        rows[name]["ms"], rows[name]["spread"] = round(timing.ms, 5), round(timing.spread, 4)
+        rows[name]["sm_clock"] = timing.sm_clock
+        rows[name].update(figures(name, timing.ms))
+    for name, error in failures.items():
+        rows[name]["failure"] = failure(error)
 
 
 def clock_reader() -> Callable[[], float | None]:

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import models
 from benchmarks.contest import Entry, Rows, contest, judged, peak_mb, relative_error
 from benchmarks.progress import Progress
 from benchmarks.timing import Plan
+from examples.llama.training import next_token_loss, peak_flops, visible_pairs
 
 LENGTHS = (8192, 32768)
 MEAN_DOCUMENT = 2048
@@ -68,8 +70,6 @@ def document_ids(batch: int, length: int, mean: int, seed: int = 0) -> np.ndarra
 
 def measure(config: Any, names: tuple[str, ...], ids: np.ndarray, plan: Plan) -> Rows:
     """The rows of one length."""
-    from examples.llama.training import peak_flops, visible_pairs
-
     batch, length = ids.shape
     tokens = jnp.asarray(
         np.random.default_rng(1).integers(0, config.vocabulary, ids.shape), jnp.int32
@@ -102,8 +102,6 @@ class Box:
     """Parameters and optimizer state, handed from step to step: there is memory for one of them."""
 
     def __init__(self, config: Any) -> None:
-        import optax
-
         self.config = config
         self.optimizer = optax.adamw(RATE, b2=0.95, weight_decay=0.1)
         self.renew()
@@ -116,8 +114,6 @@ class Box:
 
     def gradients(self, config: Any) -> Callable[..., Any]:
         """(params, tokens, ids) -> (loss, gradients, those of the first layer's projections)."""
-        from examples.llama.training import next_token_loss
-
         merge = models.merger(config)
 
         def run(params: Any, tokens: Any, ids: Any) -> Any:
@@ -137,8 +133,6 @@ class Box:
 
     def entry(self, config: Any, tokens: Any, ids: Any) -> Callable[[], Entry]:
         """A peer's step, once it is compiled."""
-        import optax
-
         gradients, optimizer = self.gradients(config), self.optimizer
 
         def step(state: Any, tokens: Any, ids: Any) -> Any:

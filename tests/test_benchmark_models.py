@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-import flexjax
 from benchmarks import contest, plots, records, run, suite_plots, train
 from benchmarks.timing import Plan
 
@@ -60,8 +59,6 @@ def test_a_contest_times_what_is_right_and_says_why_the_rest_is_not():
 
 @pytest.mark.parametrize("suite", ["train", "infer"])
 def test_suites_of_models(suite, tmp_path):
-    if suite == "infer" and not hasattr(flexjax, "decode"):
-        pytest.skip("there is no flexjax.decode yet")
     options = ["--quick", "--layers", "1", "--peers", "flexjax", "--out", str(tmp_path)]
     with jax.numpy_rank_promotion("allow"):
         assert run.main([suite, *options, *(["--only", "decode"] if suite == "infer" else [])]) == 0
@@ -103,6 +100,12 @@ def test_pictures_of_decoding_and_of_models(tmp_path):
     (axes,) = suite_plots.bandwidth_bars(rows).axes
     assert [line.get_ydata()[0] for line in axes.lines] == [3.0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([2.5, 1.5, 2.8])
+    uneven = [{**rows[1], "run": "3", "lengths": [1024, least]} for least in (16, 512)]
+    (axes,) = suite_plots.bandwidth_bars(uneven).axes
+    assert [tick.get_text().splitlines()[-1] for tick in axes.get_xticklabels()] == [
+        "to 16",
+        "to 512",
+    ]
     files = plots.draw(rows, tmp_path)
     assert {file.name for file in files} == {"infer-bandwidth.png", "infer-tokens.png"}
     assert suite_plots.mask_lines([]) is None

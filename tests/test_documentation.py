@@ -35,6 +35,8 @@ def test_the_performance_page_says_what_rows_say(tmp_path):
         {**common, "run": "2", "peer": "flexjax/mosaic_gpu", "ms": 2.0, "tflops": 500.4},
         {**common, "run": "2", "peer": "fa3", "ms": 3.0},
         {**common, "run": "2", "peer": "tokamax", "failure": "crashed"},
+        {**common, "run": "3", "peer": "flexjax/mosaic_gpu", "ms": 7.0, "config": {"stages": 2}},
+        {**common, "run": "3", "peer": "fa3", "ms": 3.0},
     ]
     folder = tmp_path / "h100"
     folder.mkdir()
@@ -44,6 +46,7 @@ def test_the_performance_page_says_what_rows_say(tmp_path):
     assert "| case | variant | flexjax, ms | TFLOP/s | fa3 | tokamax |" in text
     assert "| D128 | causal | 2.000 | 500 | 1.50x | failed |" in text
     assert "9.000" not in text
+    assert "7.000" not in text
     assert pictures == {"results/h100/forward-ratios.png": folder / "forward-ratios.png"}
     assert "(results/h100/forward-ratios.png)" in text
     assert "Backward" not in text

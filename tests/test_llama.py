@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import flexjax
 from examples.llama import serving, train, training
 from examples.llama.config import SIZES, Config, make_config
 from examples.llama.model import Llama
@@ -91,8 +90,6 @@ def test_losses_fall_together(capsys):
     ("attention", "style"), [("xla", "gpt_oss"), ("xla", "gemma2"), ("flexjax", "gpt_oss")]
 )
 def test_decoding_step_by_step_gives_the_logits_of_the_whole(attention, style):
-    if attention == "flexjax" and not hasattr(flexjax, "decode"):
-        pytest.skip("there is no flexjax.decode yet")
     config = small(style, attention=attention)
     model = Llama(config, nnx.Rngs(0))
     if config.sinks:

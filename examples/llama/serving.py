@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from examples.llama.attention import scores_capped
 from examples.llama.config import Config
 from examples.llama.model import Llama
+from flexjax import KVCache, decode, masks, scores
 
 # Keys and values of one layer, (B, S, Hkv, D) each.
 Cache = tuple[Float[Array, "B S Hkv D"], Float[Array, "B S Hkv D"]]
@@ -96,20 +97,13 @@ def _flexjax(
     window: int | None,
     sinks: Array | None,
 ) -> Array:
-    from flexjax import AuxRequest, KVCache, decode, masks, scores
-
-    out, aux = decode(
+    return decode(
         query,
         KVCache(keys, values, lengths, layout="BLHD"),
         None if config.score_cap is None else scores.soft_cap(config.score_cap),
         # A single query has no future, so that a window is all that there is to mask.
         None if window is None else masks.sliding_window(window - 1),
-        return_aux=AuxRequest(lse=True),
+        sinks=sinks,
         layout="BLHD",
         backend=config.backend,
     )
-    if sinks is None:
-        return out
-    # A sink is one key more without a value: it scales the output.
-    share = jax.nn.sigmoid(aux.lse - sinks.astype(jnp.float32)[:, None])
-    return (out * jnp.swapaxes(share, 1, 2)[..., None]).astype(out.dtype)
