@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from flexjax import _compat
 from flexjax.attention import flex_attention
 from flexjax.block_creation import create_block_mask
 from flexjax.masks.combine import noop_mask
@@ -42,8 +44,8 @@ def prefill(
         cache: of one layer (`cache.layer(i)`), with these tokens already appended.
         score_mod: as for `flexjax.flex_attention`.
         mask_mod: likewise, for example `masks.causal()`; without it a query sees its whole sequence.
-        counts: a number or int (B,); L by default. Rows of length 0, and queries past the count, see nothing:
-            output 0, logsumexp -inf.
+        counts: a number or int (B,), at most L, which is the default; a count beyond a sequence's length is cut
+            down to it. Rows of length 0, and queries past the count, see nothing: output 0, logsumexp -inf.
         scale: as for `flexjax.flex_attention`, like the remaining ones.
         return_lse: also return the logsumexp (B, Hq, L).
         sinks: a logit a query head.
@@ -53,18 +55,23 @@ def prefill(
         (B, Hq, L, Dv), or a pair of it and the logsumexp.
 
     Raises:
-        ValueError: shapes do not fit, see `flexjax.flex_attention`.
+        ValueError: shapes do not fit, see `flexjax.flex_attention`; counts that are known are negative or more
+            than L. In a traced program these are cut down.
         TypeError: counts are not integers, or a mod cannot be used.
     """
-    if query.ndim != 4 or query.shape[0] != cache.batch:
+    if query.ndim != 4 or query.shape[0] != cache.batch or query.shape[2] == 0:
         raise ValueError(
-            f"query must have shape (B, Hq, L, D) with B = {cache.batch}, the rows of the cache, but it has "
-            f"{query.shape}."
+            f"query must have shape (B, Hq, L, D) with B = {cache.batch}, the rows of the cache, and L >= 1, but "
+            f"it has {query.shape}."
         )
     key, value = cache.contiguous()
     batch, heads, length = query.shape[:3]
-    counts = jnp.int32(length) if counts is None else counts
-    counts = counts_argument("attention", "counts", counts, batch)
+    counts = counts_argument("prefill()", "counts", length if counts is None else counts, batch)
+    if not _compat.is_tracer(counts) and not bool(((counts >= 0) & (counts <= length)).all()):
+        raise ValueError(
+            f"prefill(): counts must lie between 0 and the {length} queries that were passed, but they are "
+            f"{np.asarray(counts).tolist()}."
+        )
     counts = jnp.clip(counts, 0, jnp.minimum(length, cache.lengths))
     mask_mod, score_mod = shifted_mods(mask_mod, score_mod, cache.lengths, length, counts)
     block_mask = create_block_mask(
