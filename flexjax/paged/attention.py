@@ -10,10 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flexjax import _compat
-from flexjax.attention import flex_attention
-from flexjax.block_creation import create_block_mask
+from flexjax.attention import _own_mask, flex_attention
 from flexjax.masks.combine import noop_mask
-from flexjax.mods.trace import index_ranges, trace_mask_mod
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.rows import counts_argument
 
@@ -74,13 +72,14 @@ def prefill(
         )
     counts = jnp.clip(counts, 0, jnp.minimum(length, cache.lengths))
     mask_mod, score_mod = shifted_mods(mask_mod, score_mod, cache.lengths, length, counts)
-    block_mask = create_block_mask(
+    block_mask = _own_mask(
         mask_mod,
         batch,
-        heads if depends_on_head(mask_mod, batch, heads, length, key.shape[2]) else None,
+        heads,
         length,
         key.shape[2],
-        (length if length < 64 else 128, 128),  # few queries are not filled up to a whole block
+        # Few queries are not filled up to a whole block.
+        block_size=(length if length < 64 else 128, 128),
         compute_q_blocks=False,
     )
     return flex_attention(
@@ -123,9 +122,3 @@ def shifted_mods(
         return score_mod(s, b, h, q_idx + offsets[b], kv_idx)
 
     return mask, score
-
-
-def depends_on_head(mask_mod: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> bool:
-    """Whether a mask has to be worked out for every query head."""
-    graph, _ = trace_mask_mod(mask_mod, index_ranges(batch, heads, q_len, kv_len))
-    return "h" in graph.depends
