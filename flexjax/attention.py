@@ -287,7 +287,7 @@ def _mask_argument(block_mask: Any, mask_mod: Any, problem: Problem) -> BlockMas
             )
         if isinstance(mask_mod, BlockMask):
             raise TypeError("mask_mod is a BlockMask; pass it as block_mask.")
-        return _own_mask(mask_mod, problem)
+        return _own_mask(mask_mod, problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
     if block_mask is None:
         return None
     if not isinstance(block_mask, BlockMask):
@@ -326,16 +326,18 @@ def _mask_argument(block_mask: Any, mask_mod: Any, problem: Problem) -> BlockMas
     return block_mask
 
 
-def _own_mask(mask_mod: Any, problem: Problem) -> BlockMask:
+def _own_mask(
+    mask_mod: Any, batch: int, heads: int, q_len: int, kv_len: int, **options: Any
+) -> BlockMask:
     """The BlockMask of a bare mask_mod, as small as its dependence on b and h allows."""
-    ranges = index_ranges(problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
-    graph, _ = trace_mask_mod(mask_mod, ranges)
+    graph, _ = trace_mask_mod(mask_mod, index_ranges(batch, heads, q_len, kv_len))
     return create_block_mask(
         mask_mod,
-        problem.batch if "b" in graph.depends else 1,
-        problem.q_heads if "h" in graph.depends else 1,
-        problem.q_len,
-        problem.kv_len,
+        batch if "b" in graph.depends else 1,
+        heads if "h" in graph.depends else 1,
+        q_len,
+        kv_len,
+        **options,
     )
 
 

@@ -32,7 +32,8 @@ class KVCache:
         key: (B, Hkv, S, D), where S is the capacity; (B, S, Hkv, D) in layout "BLHD".
         value: (B, Hkv, S, Dv), alike.
         lengths: int32 (B,), the tokens that each sequence has. What lies past them is never looked at, and may
-            be anything. A scalar serves all sequences; None says that all are full.
+            be anything. A scalar serves all sequences; None says that all are full. `append` returns (B,), so
+            that a cache which `jax.lax.scan` carries through it has to begin with (B,) too, as `empty` does.
         layout: "BHLD" or "BLHD".
     """
 
@@ -107,7 +108,7 @@ class KVCache:
             )
         lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
         # A negative length would wrap around to the end of the cache.
-        fits = (lengths >= 0) & (lengths + count <= self.capacity)
+        fits = (lengths >= 0) & (lengths <= self.capacity - count)
         if not _compat.is_tracer(fits) and not bool(fits.all()):
             raise ValueError(
                 f"{count} tokens do not fit behind sequences of lengths {np.asarray(lengths).tolist()} in a cache "

@@ -165,9 +165,11 @@ def test_append_leaves_alone_what_has_no_valid_length():
     empty = np.zeros((1, 1, 16, 8), np.float32)
     with pytest.raises(ValueError, match="at least 0"):
         KVCache(empty, empty, jnp.array([-1])).append(new, new)
-    after = jax.jit(lambda c: c.append(new, new))(KVCache(empty, empty, jnp.array([-1])))
-    assert not after.key.any()
-    assert after.lengths.tolist() == [-1]
+    append = jax.jit(lambda c: c.append(new, new))
+    for length in (-1, 2**31 - 1):
+        after = append(KVCache(empty, empty, jnp.array([length])))
+        assert not after.key.any()
+        assert after.lengths.tolist() == [length]
     with pytest.raises(ValueError, match=r"integers of shape \(1,\)"):
         KVCache(empty, empty, jnp.array([1, 2])).append(new, new)
     with pytest.raises(ValueError, match="dtype float32"):

@@ -31,7 +31,7 @@ def contiguous(problem: Problem, operands: Operands) -> tuple[Problem, Operands]
             heads_first(gathered(x, operands.page_table), problem.layout) for x in (key, value)
         )
     axis = 1 if problem.layout == BLHD else 2
-    key, value = (_without_tail(x, operands.lengths, axis, problem) for x in (key, value))
+    key, value = (without_tail(x, operands.lengths, axis) for x in (key, value))
     operands = dataclasses.replace(operands, key=key, value=value, lengths=None, page_table=None)
     problem = dataclasses.replace(problem, decoding=None, kv_batch=problem.batch)
     if problem.blocks is not None:
@@ -83,11 +83,11 @@ def gathered(pool: Any, page_table: Any) -> Any:
     return jnp.moveaxis(taken, 0, 1).reshape(rows, kv_heads, per_row * page, dim)
 
 
-def _without_tail(x: Any, lengths: Any, axis: int, problem: Problem) -> Any:
-    """Zeros past the length, in a copy for every batch row."""
+def without_tail(x: Any, lengths: Any, axis: int) -> Any:
+    """Zeros past lengths (B,) along the axis of tokens, in a copy for every batch row."""
     position = jnp.arange(x.shape[axis], dtype=jnp.int32)
     shape = [1] * 4
     shape[axis] = x.shape[axis]
-    counts = position.reshape(shape) < lengths.reshape(-1, 1, 1, 1)
-    x = jnp.repeat(x, problem.batch // x.shape[0], axis=0)
-    return jnp.where(counts, x, jnp.zeros((), x.dtype))
+    inside = position.reshape(shape) < lengths.reshape(-1, 1, 1, 1)
+    x = jnp.repeat(x, lengths.shape[0] // x.shape[0], axis=0)
+    return jnp.where(inside, x, jnp.zeros((), x.dtype))

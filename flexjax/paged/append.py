@@ -15,10 +15,8 @@ from flexjax.block_arguments import positive
 from flexjax.paged.allocate import RowsLike
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.growth import distinct, grow, with_copies, zeroed
-from flexjax.paged.rows import Rows, counts_argument, rows_argument, settled
+from flexjax.paged.rows import NOWHERE, Rows, counts_argument, rows_argument, settled
 from flexjax.problem import BHLD, BLHD
-
-_NOWHERE = int(jnp.iinfo(jnp.int32).max)
 
 
 def append(
@@ -50,7 +48,6 @@ def append(
         TypeError: something is not of the right type.
         ValueError: shapes do not fit.
     """
-    cache.pools()
     tokens = _chunk("append()", cache, key, value, rows, layout)
     granted, counts = extend(cache, tokens if counts is None else counts, rows, most=tokens)
     return write(granted, key, value, counts, rows, layout=layout)
@@ -79,7 +76,7 @@ def extend(
         TypeError: counts or rows are not integers.
         ValueError: shapes do not fit, or most is not positive.
     """
-    chosen = rows_argument("extend()", cache, rows)
+    chosen = _rows("extend()", cache, rows)
     given = counts_argument("extend()", "counts", counts, chosen.index.shape[0])
     if rows is None and np.ndim(counts) == 0:
         given = jnp.where(cache.active, given, 0)
@@ -115,18 +112,12 @@ def write(
         TypeError: something is not of the right type.
         ValueError: shapes do not fit, or the layer is missing or not there.
     """
-    if (layer is None) != (cache.layers is None) or not 0 <= (layer or 0) < (cache.layers or 1):
-        raise ValueError(
-            f"write(): layer is {layer!r}, but the cache has "
-            f"{'no layers' if cache.layers is None else f'{cache.layers} layers'}. Pass layer= for a cache with "
-            "layers only, counted from 0."
-        )
-    tokens = _chunk("write()", cache, key, value, rows, layout)
-    chosen = rows_argument("write()", cache, rows)
+    one = cache if layer is None else cache.layer(layer)
+    tokens = _chunk("write()", one, key, value, rows, layout)
+    chosen = _rows("write()", cache, rows)
     counts = counts_argument("write()", "counts", counts, chosen.index.shape[0])
     if layout == BLHD:
         key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    one = cache if layer is None else cache.layer(layer)
     written = _write(one, key, value, chosen, jnp.minimum(counts, tokens))
     names = ("key_pages", "value_pages", "key_min", "key_max")
     if layer is None:
@@ -139,12 +130,16 @@ def write(
     return dataclasses.replace(cache, **changed)
 
 
+def _rows(where: str, cache: PagedCache, rows: Any) -> Rows:
+    return rows_argument(where, cache, np.arange(cache.batch) if rows is None else rows)
+
+
 def _chunk(where: str, cache: PagedCache, key: Any, value: Any, rows: Any, layout: str) -> int:
     """T, once the shapes are known to fit."""
     if layout not in (BHLD, BLHD):
         raise ValueError(f"{where}: layout must be {BHLD!r} or {BLHD!r}, but it is {layout!r}.")
-    count = rows_argument(where, cache, rows).index.shape[0]
-    keys, values = (jax.tree.leaves(p)[0] for p in (cache.key_pages, cache.value_pages))
+    count = _rows(where, cache, rows).index.shape[0]
+    keys, values = cache.pools()
     for name, x, pool in (("key", key, keys), ("value", value, values)):
         if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{where}: {name} must be an array of floats, but it is {x!r}.")
@@ -181,12 +176,12 @@ def _extend(
     place = -(-before // page)[:, None] + step
     table = rows.read(cache.page_table)
     reached = jnp.take_along_axis(table, jnp.minimum(place, cache.max_pages - 1), 1)
-    reached = jnp.where(place < -(-after // page)[:, None], reached, _NOWHERE)
+    reached = jnp.where(place < -(-after // page)[:, None], reached, NOWHERE)
     # The tokens to come do not fill the last of them: kernels multiply what lies behind with weights of 0.
     last = (place == after[:, None] // page) & (after % page > 0)[:, None]
-    blank = jnp.where(last, reached, _NOWHERE).min(1)
+    blank = jnp.where(last, reached, NOWHERE).min(1)
     if most == 1:  # a page is either reached or copied, and one pass does both
-        copying = growth.target != _NOWHERE
+        copying = growth.target != NOWHERE
         both = jnp.where(copying, growth.target, blank)
         cache = with_copies(cache, growth.source, both, copying)
     else:
@@ -220,7 +215,7 @@ def _write(cache: PagedCache, key: Array, value: Array, rows: Rows, counts: Arra
     position = (length - counts)[:, None] + token
     table = rows.read(cache.page_table)
     pages = jnp.take_along_axis(table, jnp.minimum(position // page, cache.max_pages - 1), 1)
-    pages = jnp.where((token < counts[:, None]) & rows.wanted[:, None], pages, _NOWHERE)
+    pages = jnp.where((token < counts[:, None]) & rows.wanted[:, None], pages, NOWHERE)
     index = distinct(pages)
 
     def stored(pool: Array, new: Array) -> Array:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from flexjax.attention import flex_attention
-from flexjax.block_creation import create_block_mask
+from flexjax import _compat
+from flexjax.attention import _own_mask, flex_attention
 from flexjax.masks.combine import noop_mask
-from flexjax.mods.trace import index_ranges, trace_mask_mod
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.rows import counts_argument
 
@@ -42,8 +42,8 @@ def prefill(
         cache: of one layer (`cache.layer(i)`), with these tokens already appended.
         score_mod: as for `flexjax.flex_attention`.
         mask_mod: likewise, for example `masks.causal()`; without it a query sees its whole sequence.
-        counts: a number or int (B,); L by default. Rows of length 0, and queries past the count, see nothing:
-            output 0, logsumexp -inf.
+        counts: a number or int (B,), at most L, which is the default; a count beyond a sequence's length is cut
+            down to it. Rows of length 0, and queries past the count, see nothing: output 0, logsumexp -inf.
         scale: as for `flexjax.flex_attention`, like the remaining ones.
         return_lse: also return the logsumexp (B, Hq, L).
         sinks: a logit a query head.
@@ -53,27 +53,33 @@ def prefill(
         (B, Hq, L, Dv), or a pair of it and the logsumexp.
 
     Raises:
-        ValueError: shapes do not fit, see `flexjax.flex_attention`.
+        ValueError: shapes do not fit, see `flexjax.flex_attention`; counts that are known are negative or more
+            than L. In a traced program these are cut down.
         TypeError: counts are not integers, or a mod cannot be used.
     """
-    if query.ndim != 4 or query.shape[0] != cache.batch:
+    if query.ndim != 4 or query.shape[0] != cache.batch or query.shape[2] == 0:
         raise ValueError(
-            f"query must have shape (B, Hq, L, D) with B = {cache.batch}, the rows of the cache, but it has "
-            f"{query.shape}."
+            f"query must have shape (B, Hq, L, D) with B = {cache.batch}, the rows of the cache, and L >= 1, but "
+            f"it has {query.shape}."
         )
     key, value = cache.contiguous()
     batch, heads, length = query.shape[:3]
-    counts = jnp.int32(length) if counts is None else counts
-    counts = counts_argument("attention", "counts", counts, batch)
+    counts = counts_argument("prefill()", "counts", length if counts is None else counts, batch)
+    if not _compat.is_tracer(counts) and not bool(((counts >= 0) & (counts <= length)).all()):
+        raise ValueError(
+            f"prefill(): counts must lie between 0 and the {length} queries that were passed, but they are "
+            f"{np.asarray(counts).tolist()}."
+        )
     counts = jnp.clip(counts, 0, jnp.minimum(length, cache.lengths))
     mask_mod, score_mod = shifted_mods(mask_mod, score_mod, cache.lengths, length, counts)
-    block_mask = create_block_mask(
+    block_mask = _own_mask(
         mask_mod,
         batch,
-        heads if depends_on_head(mask_mod, batch, heads, length, key.shape[2]) else None,
+        heads,
         length,
         key.shape[2],
-        (length if length < 64 else 128, 128),  # few queries are not filled up to a whole block
+        # Few queries are not filled up to a whole block.
+        block_size=(length if length < 64 else 128, 128),
         compute_q_blocks=False,
     )
     return flex_attention(
@@ -116,9 +122,3 @@ def shifted_mods(
         return score_mod(s, b, h, q_idx + offsets[b], kv_idx)
 
     return mask, score
-
-
-def depends_on_head(mask_mod: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> bool:
-    """Whether a mask has to be worked out for every query head."""
-    graph, _ = trace_mask_mod(mask_mod, index_ranges(batch, heads, q_len, kv_len))
-    return "h" in graph.depends

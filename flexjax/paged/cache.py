@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from flexjax.backends.contiguous import gathered
+from flexjax.backends.contiguous import gathered, without_tail
 from flexjax.block_arguments import positive
 from flexjax.mods.ops import is_float
 from flexjax.paged.errors import PageError, sentences
@@ -207,10 +207,18 @@ class PagedCache:
     # -- views ----------------------------------------------------------------------------------
 
     def layer(self, index: int) -> PagedCache:
-        """The cache of one layer, to attend to. It shares its arrays with this one: do not donate it."""
+        """The cache of one layer, to attend to. It shares its arrays with this one: do not donate it.
+
+        Raises:
+            ValueError: the cache has no layers, or not this one.
+        """
         if self.layers is None:
             raise ValueError(
                 "This cache has no layers. Create it with PagedCache.create(..., layers=...), or use it as it is."
+            )
+        if not 0 <= index < self.layers:
+            raise ValueError(
+                f"There is no layer {index!r} in a cache of {self.layers} layers, which are counted from 0."
             )
         parts = (self.key_pages, self.value_pages, self.key_min, self.key_max)
         keys, values, low, high = (None if p is None else p[index] for p in parts)
@@ -226,7 +234,8 @@ class PagedCache:
         """
         if isinstance(self.key_pages, tuple) or isinstance(self.value_pages, tuple):
             raise ValueError(
-                f"This cache has {self.layers} layers: choose one with cache.layer(index)."
+                f"This cache has {self.layers} layers: choose one with cache.layer(index), or layer= where there "
+                "is such an argument."
             )
         return self.key_pages, self.value_pages
 
@@ -247,15 +256,11 @@ class PagedCache:
                 f"max_length is {length}, but a sequence of this cache has at most {self.capacity} tokens."
             )
         table = self.page_table[:, : -(-length // self.page_size)]
-        inside = jnp.arange(length, dtype=jnp.int32)[None, :] < self.lengths[:, None]
-
-        def rows(pool: Array) -> Array:
-            # Selected, not multiplied: behind its length a row may name pages of others.
-            kept = gathered(pool, table)[:, :, :length]
-            return jnp.where(inside[:, None, :, None], kept, jnp.zeros((), pool.dtype))
-
-        keys, values = self.pools()
-        return rows(keys), rows(values)
+        keys, values = (
+            without_tail(gathered(pool, table)[:, :, :length], self.lengths, 2)
+            for pool in self.pools()
+        )
+        return keys, values
 
     # -- refusals -------------------------------------------------------------------------------
 
@@ -272,14 +277,14 @@ class PagedCache:
         """
         code = int(self.errors)
         if code:
-            raise PageError(self.explain(code, int(self.free_count)))
+            raise PageError(self.explain(code))
         return self
 
-    def explain(self, code: int, free: int) -> str:
+    def explain(self, code: int) -> str:
         """Bits of `errors` as sentences."""
         return sentences(
             code,
-            free=free,
+            free=int(self.free_count),
             pages=self.pages,
             capacity=self.capacity,
             max_pages=self.max_pages,

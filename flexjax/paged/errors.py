@@ -11,7 +11,7 @@ BAD_COUNT = 32
 
 _SENTENCES = {
     OUT_OF_PAGES: (
-        "There are not enough free pages ({free} of {pages} are free). Free sequences that are finished, or "
+        "There were not enough free pages (now {free} of {pages} are free). Free sequences that are finished, or "
         "create the cache with more pages."
     ),
     PAST_TABLE: (

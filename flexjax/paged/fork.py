@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from flexjax.paged.allocate import RowsLike
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.errors import ALREADY_ALLOCATED, BAD_ROW, NOT_ALLOCATED
-from flexjax.paged.rows import Rows, flag, row_errors, rows_argument, settled
+from flexjax.paged.rows import NOWHERE, Rows, flag, integers, row_errors, rows_argument, settled
 
 
 def fork(cache: PagedCache, source: Any, targets: RowsLike) -> PagedCache:
@@ -36,16 +35,12 @@ def fork(cache: PagedCache, source: Any, targets: RowsLike) -> PagedCache:
     """
     chosen = rows_argument("fork()", cache, targets)
     count = chosen.index.shape[0]
-    source = source if hasattr(source, "dtype") else np.asarray(source)
-    if not np.issubdtype(source.dtype, np.integer):
-        raise TypeError(
-            f"fork(): source must be a row or an array of rows, but it is {source.dtype}."
-        )
+    source = integers("fork(): source must be a row or an array of rows", source)
     if source.shape not in ((), (count,)):
         raise ValueError(
             f"fork(): source must be one row, or one for each of {count} targets, but it has shape {source.shape}."
         )
-    sources = jnp.broadcast_to(jnp.asarray(source, jnp.int32), (count,))
+    sources = jnp.broadcast_to(source, (count,))
     return settled(cache, *_fork(cache, Rows(sources, chosen.wanted), chosen))
 
 
@@ -63,7 +58,7 @@ def _fork(cache: PagedCache, source: Rows, target: Rows) -> tuple[PagedCache, Ar
     used = -(-length // cache.page_size)
     place = jnp.arange(cache.max_pages, dtype=jnp.int32)[None, :]
     shared = (place < used[:, None]) & (target.wanted & ok)[:, None]
-    pages = jnp.where(shared, table, jnp.iinfo(jnp.int32).max)
+    pages = jnp.where(shared, table, NOWHERE)
     row = target.where(ok)
     forked = dataclasses.replace(
         cache,

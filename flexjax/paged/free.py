@@ -12,7 +12,7 @@ from jaxtyping import Array
 from flexjax.paged.allocate import RowsLike
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.errors import NOT_ALLOCATED
-from flexjax.paged.rows import Rows, flag, row_errors, rows_argument, settled
+from flexjax.paged.rows import NOWHERE, Rows, flag, row_errors, rows_argument, settled
 
 
 def free(cache: PagedCache, rows: RowsLike) -> PagedCache:
@@ -36,16 +36,15 @@ def _free(cache: PagedCache, rows: Rows) -> tuple[PagedCache, Array]:
     code = row_errors(cache, rows)
     code = code | flag(NOT_ALLOCATED, rows.wanted & ~rows.read(cache.active))
     ok = code == 0
-    nowhere = jnp.iinfo(jnp.int32).max
     place = jnp.arange(cache.max_pages, dtype=jnp.int32)[None, :]
     held = (place < rows.read(cache.held_pages)[:, None]) & (rows.wanted & ok)[:, None]
-    pages = jnp.where(held, rows.read(cache.page_table), nowhere).reshape(-1)
+    pages = jnp.where(held, rows.read(cache.page_table), NOWHERE).reshape(-1)
     counts = cache.reference_counts.at[pages].add(-1, mode="drop")
-    idle = jnp.where((counts.at[pages].get(mode="clip") == 0) & (pages != nowhere), pages, nowhere)
+    idle = jnp.where((counts.at[pages].get(mode="clip") == 0) & (pages != NOWHERE), pages, NOWHERE)
     # Several rows may let go of the same page: the one whose mark stays in the count of 0 returns it.
     mark = -1 - jnp.arange(idle.size, dtype=jnp.int32)
     counts = counts.at[idle].min(mark, mode="drop")
-    returns = (idle != nowhere) & (counts.at[idle].get(mode="clip") == mark)
+    returns = (idle != NOWHERE) & (counts.at[idle].get(mode="clip") == mark)
     counts = counts.at[idle].set(0, mode="drop")
     returned = returns.astype(jnp.int32)
     top = cache.free_count + jnp.cumsum(returned, dtype=jnp.int32) - returned
@@ -56,7 +55,7 @@ def _free(cache: PagedCache, rows: Rows) -> tuple[PagedCache, Array]:
         held_pages=cache.held_pages.at[closed].set(0, mode="drop"),
         active=cache.active.at[closed].set(False, mode="drop"),
         reference_counts=counts,
-        free_pages=cache.free_pages.at[jnp.where(returns, top, nowhere)].set(idle, mode="drop"),
+        free_pages=cache.free_pages.at[jnp.where(returns, top, NOWHERE)].set(idle, mode="drop"),
         free_count=cache.free_count + returned.sum(dtype=jnp.int32),
     )
     return freed, code

@@ -21,7 +21,7 @@ from flexjax.paged.errors import (
     OUT_OF_PAGES,
     PAST_TABLE,
 )
-from flexjax.paged.rows import Rows, flag, row_errors
+from flexjax.paged.rows import NOWHERE, Rows, flag, row_errors
 
 
 class Growth(NamedTuple):
@@ -81,17 +81,16 @@ def grow(
     top = (
         cache.free_count - 1 - (jnp.cumsum(need, dtype=jnp.int32) - need)
     )  # of the part of the stack for each row
-    nowhere = jnp.iinfo(jnp.int32).max
-    target = jnp.where(copies, _at(cache.free_pages, top), nowhere)
+    target = jnp.where(copies, _at(cache.free_pages, top), NOWHERE)
     step = jnp.arange(min(-(-most // page), cache.max_pages), dtype=jnp.int32)[None, :]
     new = _at(cache.free_pages, (top - copies)[:, None] - step)
-    new = jnp.where(step < more[:, None], new, nowhere)
+    new = jnp.where(step < more[:, None], new, NOWHERE)
 
     table = _put(cache.page_table, (rows.where(copies), end), target)
     row = jnp.broadcast_to(rows.where(ok)[:, None], new.shape)
-    place = jnp.where(step < more[:, None], held[:, None] + step, nowhere)
+    place = jnp.where(step < more[:, None], held[:, None] + step, NOWHERE)
     table = _put(table, (row, place), new)
-    references = cache.reference_counts.at[jnp.where(copies, source, nowhere)].add(-1, mode="drop")
+    references = cache.reference_counts.at[jnp.where(copies, source, NOWHERE)].add(-1, mode="drop")
     references = _put(references, target, jnp.ones_like(target))
     references = _put(references, new, jnp.ones_like(new))
     grown = dataclasses.replace(
@@ -140,10 +139,8 @@ def zeroed(cache: PagedCache, target: Int32[Array, "n"]) -> PagedCache:
 
 def distinct(index: Array) -> Array:
     """Makes indices out of range different from each other, so that all may be called unique."""
-    dropped = jnp.iinfo(jnp.int32).max - jnp.arange(index.size, dtype=jnp.int32).reshape(
-        index.shape
-    )
-    return jnp.where(index == jnp.iinfo(jnp.int32).max, dropped, index)
+    dropped = NOWHERE - jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
+    return jnp.where(index == NOWHERE, dropped, index)
 
 
 def _over_pools(cache: PagedCache, pages: Any, bounds: Any) -> PagedCache:

@@ -13,6 +13,9 @@ from flexjax import _compat
 from flexjax.paged.cache import PagedCache
 from flexjax.paged.errors import BAD_ROW, PageError
 
+NOWHERE = int(jnp.iinfo(jnp.int32).max)
+"""An index out of every range: writes there are dropped."""
+
 
 class Rows(NamedTuple):
     """The rows of one operation.
@@ -31,36 +34,31 @@ class Rows(NamedTuple):
 
     def where(self, ok: Array) -> Array:
         """Indices for a write that drops what is not wanted or not ok."""
-        return jnp.where(self.wanted & ok, self.index, jnp.iinfo(jnp.int32).max)
+        return jnp.where(self.wanted & ok, self.index, NOWHERE)
 
 
 def rows_argument(where: str, cache: PagedCache, rows: Any) -> Rows:
-    """Rows from an integer, an array of integers, a boolean array over all rows, or None for all.
+    """Rows from an integer, an array of integers, or a boolean array over all rows.
 
     Raises:
         TypeError: it is none of these.
         ValueError: its shape does not fit.
-        PageError: a row known on the host is out of range.
     """
-    every = jnp.arange(cache.batch, dtype=jnp.int32)
-    if rows is None:
-        return Rows(every, jnp.ones(cache.batch, bool))
     rows = rows if hasattr(rows, "dtype") else np.asarray(rows)
     if np.issubdtype(rows.dtype, np.bool_):
         if rows.shape != (cache.batch,):
             raise ValueError(
                 f"{where}: a boolean array of rows must have shape ({cache.batch},), but it has {rows.shape}."
             )
-        return Rows(every, jnp.asarray(rows))
-    if not np.issubdtype(rows.dtype, np.integer):
-        raise TypeError(
-            f"{where}: rows must be integers, or booleans over all {cache.batch} rows, but they are {rows.dtype}."
-        )
+        return Rows(jnp.arange(cache.batch, dtype=jnp.int32), jnp.asarray(rows))
+    rows = integers(
+        f"{where}: rows must be integers, or booleans over all {cache.batch} rows", rows
+    )
     if rows.ndim > 1:
         raise ValueError(
             f"{where}: rows must be one row or a list of them, not of shape {rows.shape}."
         )
-    index = jnp.asarray(rows, jnp.int32).reshape(-1)
+    index = rows.reshape(-1)
     return Rows(index, jnp.ones(index.shape, bool))
 
 
@@ -86,7 +84,7 @@ def settled(before: PagedCache, after: PagedCache, code: Array) -> PagedCache:
     """
     if not _compat.is_tracer(code):
         if int(code):
-            raise PageError(before.explain(int(code), int(before.free_count)))
+            raise PageError(before.explain(int(code)))
         return after
     return dataclasses.replace(after, errors=before.errors | code)
 
@@ -98,12 +96,24 @@ def counts_argument(where: str, name: str, counts: Any, length: int) -> Array:
         TypeError: they are not integers.
         ValueError: their shape does not fit.
     """
-    counts = counts if hasattr(counts, "dtype") else np.asarray(counts)
-    if not np.issubdtype(counts.dtype, np.integer):
-        raise TypeError(f"{where}: {name} must be integers, but they are {counts.dtype}.")
+    counts = integers(f"{where}: {name} must be integers", counts)
     if counts.shape not in ((), (length,)):
         raise ValueError(
             f"{where}: {name} must be one number, or one for each of {length} rows, but they have shape "
             f"{counts.shape}."
         )
-    return jnp.broadcast_to(jnp.asarray(counts, jnp.int32), (length,))
+    return jnp.broadcast_to(counts, (length,))
+
+
+def integers(rule: str, values: Any) -> Array:
+    """The values as int32. What int32 cannot hold becomes its nearest bound, which no row or count can be either.
+
+    Raises:
+        TypeError: they are not integers, against the rule.
+    """
+    values = values if hasattr(values, "dtype") else np.asarray(values)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise TypeError(f"{rule}, not {values.dtype}.")
+    given, held = np.iinfo(values.dtype), np.iinfo(np.int32)
+    bounded = values.clip(max(given.min, held.min), min(given.max, held.max))
+    return jnp.asarray(bounded, jnp.int32)

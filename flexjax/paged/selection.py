@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from flexjax.attention import AuxRequest, _sinks, _with_sinks
@@ -41,7 +42,8 @@ class Selection(NamedTuple):
     Attributes:
         chosen: bool (B, Hkv, max_pages), by logical page.
         importance: float32 (B, Hkv, max_pages), the bound that pages were ranked by: of the largest modified score
-            that any query of the group has with any key of the page. -inf where the mask hides the page.
+            that any query of the group has with any key of the page. -inf where the mask hides the page, inf where
+            the bound is NaN.
         pages: int32 (B, Hkv, K), the chosen logical pages by falling importance, the newest last; then others.
         counts: int32 (B, Hkv), how many of them are chosen.
     """
@@ -90,18 +92,27 @@ def select_pages(
             "PagedCache.create(..., bounds=True)."
         )
     top_k = positive(top_k, "top_k")
-    if first < 0 or recent < 1:
+    if (
+        not all(isinstance(n, (int, np.integer)) for n in (first, recent))
+        or first < 0
+        or recent < 1
+    ):
         raise ValueError(
-            f"first must be at least 0 and recent at least 1, but they are {first} and {recent}: the newest page "
-            "is always attended to."
+            f"first must be at least 0 and recent at least 1, both integers, but they are {first!r} and "
+            f"{recent!r}: the newest page is always attended to."
         )
-    if query.ndim != 4 or query.shape[0] != cache.batch or query.shape[1] % keys.shape[0]:
+    page, count, (kv_heads, key_dim) = cache.page_size, cache.max_pages, keys.shape[::3]
+    if (
+        query.ndim != 4
+        or (query.shape[0], query.shape[3]) != (cache.batch, key_dim)
+        or query.shape[1] % kv_heads
+        or query.shape[2] == 0
+    ):
         raise ValueError(
-            f"query must have shape (B, Hq, L, D) with the cache's B = {cache.batch} and Hq a multiple of its "
-            f"{keys.shape[0]} key heads, but it has {query.shape}."
+            f"query must have shape (B, Hq, L, D) with the cache's B = {cache.batch} and D = {key_dim}, Hq a "
+            f"multiple of its {kv_heads} key heads and L >= 1, but it has {query.shape}."
         )
     batch, heads, length, dim = query.shape
-    page, count, kv_heads = cache.page_size, cache.max_pages, keys.shape[0]
     mask, score = shifted_mods(mask_mod, score_mod, cache.lengths, length)
 
     scale = dim**-0.5 if scale is None else scale
@@ -112,8 +123,9 @@ def select_pages(
     graph, captures = trace_mask_mod(mask, index_ranges(batch, heads, length, cache.capacity))
     geometry = Geometry(length, cache.capacity, 1, page)
     states = block_states(graph, captures, geometry, batch, heads)
-    seen = jnp.broadcast_to(states != EMPTY, high.shape) & ~jnp.isnan(high)
-    high = jnp.where(seen, high, -jnp.inf)
+    seen = jnp.broadcast_to(states != EMPTY, high.shape)
+    # A mod may be NaN where the mask hides it, and so at the end of a page whose other keys are seen.
+    high = jnp.where(seen, jnp.where(jnp.isnan(high), jnp.inf, high), -jnp.inf)
     wanted = seen
     if margin is not None:
         best = jnp.where(seen & ~jnp.isnan(low), low, -jnp.inf).max(-1, keepdims=True)

@@ -1,6 +1,7 @@
 """Pages chosen by bounds: the bounds hold, the choice is the best, and both ways to attend to it agree."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from flexjax.testing import assert_close
 from tests.paged.sequences import LENGTHS, filled, queries
 
 B, H, HKV, PAGE, COUNT = len(LENGTHS), 4, 2, 16, 7
+SINKS = np.linspace(-1.0, 1.0, H, dtype=np.float32)
 MODS = {
     "alibi": (scores.alibi(H), masks.causal()),
     "heads": (None, lambda b, h, q, kv: (q >= kv) & ((h < 2) | (kv < 32) | (kv > q - 20))),
@@ -26,7 +28,7 @@ def chosen(name, length, top_k):
     def run(query, cache):
         selection = paged.select_pages(query, cache, top_k, score_mod, mask_mod)
         by_table = paged.adaptive_attention(
-            query, cache, top_k, score_mod, mask_mod, return_lse=True, backend="xla"
+            query, cache, top_k, score_mod, mask_mod, return_lse=True, sinks=SINKS, backend="xla"
         )
         blocks = paged.selected_block_mask(cache, selection, H, length, mask_mod)
         offset = cache.lengths - length
@@ -35,7 +37,7 @@ def chosen(name, length, top_k):
             return score_mod(s, b, h, q + offset[b], kv)
 
         by_blocks = flex_attention(
-            query, *cache.contiguous(), score_mod and score, blocks, backend="xla"
+            query, *cache.contiguous(), score_mod and score, blocks, sinks=SINKS, backend="xla"
         )
         return selection, *by_table, by_blocks
 
@@ -88,10 +90,25 @@ def test_choice(name, length, top_k):
     with np.errstate(divide="ignore"):
         exact_lse = np.log(np.exp(s).sum(-1))
     p = np.exp(s - np.where(np.isfinite(exact_lse), exact_lse, 0.0)[..., None])
+    p /= 1 + np.exp(SINKS[:, None] - np.where(np.isfinite(exact_lse), exact_lse, 0.0))[..., None]
     exact = np.einsum("bhls,bhsd->bhld", p, np.repeat(value, H // HKV, 1))
     assert_close("out", out, exact)
     assert_close("lse", lse, exact_lse)
     assert_close("out by blocks", by_blocks, exact)
+
+
+def test_a_page_is_eligible_though_its_mod_is_nan_where_the_mask_hides_it():
+    def nan_outside(s, b, h, q, kv):
+        return s + jnp.sqrt(20.0 - (q - kv))
+
+    cache, _, _ = filled()
+    run = jax.jit(lambda q, c: paged.select_pages(q, c, 1, nan_outside, masks.sliding_window(20)))
+    importance = run(queries(B, 1), cache).importance
+    place, last = np.arange(COUNT * PAGE).reshape(COUNT, PAGE), np.array(LENGTHS)[:, None, None] - 1
+    seen = ((place <= last) & (last - place <= 20)).any(-1)
+    np.testing.assert_array_equal(
+        importance > -np.inf, np.broadcast_to(seen[:, None], importance.shape)
+    )
 
 
 def test_few_pages_hold_a_peaked_attention():
