@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.copying import COPY, Copy, add_share
 from benchmarks.records import failure
 from benchmarks.timing import Plan, add_times
 
@@ -53,6 +54,7 @@ def contest(
     check: Callable[[Any], tuple[float, str | None]],
     figures: Callable[[float], dict[str, Any]],
     plan: Plan,
+    beside: Copy | None = None,
 ) -> Rows:
     """The rows of one case.
 
@@ -62,6 +64,7 @@ def contest(
         check: from a first call's result to (relative error, what is wrong with it or None).
         figures: what follows from the milliseconds of a call.
         plan: how to time.
+        beside: a copy of memory to be timed in the same turns.
     """
     rows: dict[str, dict[str, Any]] = {}
     entries: dict[str, Entry] = {}
@@ -82,7 +85,17 @@ def contest(
             entries[peer] = entry
         else:
             row["failure"] = wrong
-    add_times(rows, entries, plan, lambda peer, ms: figures(ms))
+    if beside is None:
+        add_times(rows, entries, plan, lambda peer, ms: figures(ms))
+        return list(rows.values())
+    copied = rows[COPY] = {"peer": COPY, "variant": COPY}
+    add_times(
+        rows,
+        {**entries, COPY: beside},
+        plan,
+        lambda peer, ms: {"tbs": beside.tbs(ms)} if peer == COPY else figures(ms),
+    )
+    add_share(rows.values(), copied)
     return list(rows.values())
 
 

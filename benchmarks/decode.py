@@ -11,7 +11,6 @@ program.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -22,15 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import decode_steps, records
+from benchmarks.copying import COPY, add_share, copy
 from benchmarks.decode_peers import PEERS, FlexjaxDecode, Prepared
 from benchmarks.decode_steps import GROUPS, DecodeStep, Group
 from benchmarks.settings import QUICK, QUICK_PLAN, add_output, writes
 from benchmarks.timing import Plan, add_times
 from flexjax import KVCache, decode
 
-COPY = "copy"
 HOST = "host"
-_COPIED_BYTES = 1 << 29
 _HOST_CALLS = 300
 Row = dict[str, Any]
 
@@ -97,30 +95,11 @@ def _small(group: Group) -> Group:
 # -- one group --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Copy:
-    """Reads and writes an array that no cache holds; see `benchmarks.timing.Timed`."""
-
-    array: Any
-    negate: Any
-    input_sets: int = 1
-
-    def call(self, index: int) -> Any:
-        return self.negate(self.array)
-
-    def wait(self, result: Any) -> None:
-        jax.block_until_ready(result)
-
-
-def _copy(quick: bool) -> _Copy:
-    size = (1 << 20) if quick else _COPIED_BYTES
-    return _Copy(jnp.ones(size // 2, jnp.bfloat16), jax.jit(lambda x: -x))
-
-
 def measure(group: Group, peers: dict[str, Any], plan: Plan) -> list[Row]:
     """The rows of a group: the copy, and every peer's of every step."""
     rows: dict[str, Row] = {COPY: {"peer": COPY, "variant": COPY}}
-    contenders: dict[str, Any] = {COPY: _copy(plan == QUICK_PLAN)}
+    copied = copy(plan == QUICK_PLAN)
+    contenders: dict[str, Any] = {COPY: copied}
     prepared: dict[str, tuple[DecodeStep, Callable[[], Prepared]]] = {}
     with ThreadPoolExecutor(8) as pool:  # programs are compiled side by side
         for step in group.steps:
@@ -144,11 +123,12 @@ def measure(group: Group, peers: dict[str, Any], plan: Plan) -> list[Row]:
         except Exception as error:
             rows[key]["failure"] = records.failure(error)
     moved = {key: step.bytes for key, (step, _) in prepared.items()}
-    moved[COPY] = 2 * contenders[COPY].array.nbytes
-    add_times(rows, contenders, plan, lambda key, ms: {"tbs": round(moved[key] / ms / 1e9, 4)})
-    for key, row in rows.items():
-        if key != COPY and "tbs" in row:
-            row["of_copy"] = round(row["tbs"] / rows[COPY]["tbs"], 4)
+
+    def figures(key: str, ms: float) -> Row:
+        return {"tbs": copied.tbs(ms) if key == COPY else round(moved[key] / ms / 1e9, 4)}
+
+    add_times(rows, contenders, plan, figures)
+    add_share(rows.values(), rows[COPY])
     for peer in peers.values():
         peer.release()
     return list(rows.values())

@@ -3,7 +3,8 @@
 A decoding step takes one token of every sequence of a batch through the layers of examples/llama's model:
 projections, the write into the cache, attention to it, SwiGLU, logits. Weights and caches are in the model's
 dtype, and the caches are the same arrays for all peers. `tbs` counts each weight and each cached key and value
-once, which is what a step must read. Logits of the first and the last sequence are held against float32.
+once, which is what a step must read; `of_copy` is its share of what a copy, timed in the same turns, reads and
+writes. Logits of the first and the last sequence are held against float32.
 
 Prompts are attention alone: B1, 32/8 heads, a window of 4096.
 """
@@ -23,6 +24,7 @@ import numpy as np
 from benchmarks import models, session, table
 from benchmarks import settings as command_line
 from benchmarks.contest import Entry, Rows, contest, judged, peak_mb, relative_error
+from benchmarks.copying import Copy, copy
 from benchmarks.forward import Forward
 from benchmarks.progress import Progress
 from benchmarks.timing import Plan
@@ -79,11 +81,12 @@ def decode(arguments: argparse.Namespace) -> int:
     config = models.config(arguments)
     box = Box(config)
     plan = Plan(rounds=3, calls=2, warmup=1) if arguments.quick else Plan(rounds=7, calls=20)
+    beside = copy(arguments.quick)
     for context, batch in pairs:
         if log.late(progress):
             break
         progress.begin(f"decode {context} x {batch}")
-        log.add(measure(box, models.peers(arguments), context, batch, plan), progress)
+        log.add(measure(box, models.peers(arguments), context, batch, plan, beside), progress)
     return log.close(progress)
 
 
@@ -177,8 +180,10 @@ class Box:
         return self.caches[0][0].shape[:2]
 
 
-def measure(box: Box, names: tuple[str, ...], context: int, batch: int, plan: Plan) -> Rows:
-    """The rows of one context and batch."""
+def measure(
+    box: Box, names: tuple[str, ...], context: int, batch: int, plan: Plan, beside: Copy
+) -> Rows:
+    """The rows of one context and batch, and those of a copy of memory in the same turns."""
     config = box.config
     box.fill(context, batch)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocabulary, batch), jnp.int32)
@@ -202,6 +207,7 @@ def measure(box: Box, names: tuple[str, ...], context: int, batch: int, plan: Pl
         lambda result: judged(relative_error(result[1], exact), limit),
         figures,
         plan,
+        beside,
     )
 
 

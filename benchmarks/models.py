@@ -12,6 +12,7 @@ from flax import nnx
 
 from benchmarks import records
 from benchmarks.contest import Rows
+from benchmarks.copying import COPY
 from benchmarks.progress import Progress
 from benchmarks.settings import add_output, writes
 from benchmarks.table import is_ours
@@ -138,11 +139,16 @@ def line(row: dict[str, Any], mine: float | None) -> str:
     """A row as text; `mine` is flexjax's time."""
     start = f"{row['peer']:<10}"
     peak = f"{row['peak_mb'] / 1e3:.2f} GB at peak" if "peak_mb" in row else ""
+    if row["variant"] == COPY:
+        return (
+            f"{start} {row.get('ms', float('nan')):.3f} ms, {row.get('tbs', float('nan')):.2f} TB/s"
+        )
     if "ms" not in row:
         return f"{start} FAILED ({row['failure']}) {peak}"
     parts = [f"{row['ms']:.3f} ms", f"{row['tokens_s']:,.0f} tokens/s", peak]
     parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
     parts += [f"{row['tbs']:.2f} TB/s"] if "tbs" in row else []
+    parts += [f"{row['of_copy']:.1%} of a copy"] if "of_copy" in row else []
     parts += [f"error {row['error']:.1e}"]
     parts += [] if mine is None else [f"x{row['ms'] / mine:.2f}"]
     return f"{start} {', '.join(parts)}"

@@ -128,6 +128,11 @@ def _table(shape: Shape) -> dict[str, np.ndarray]:
     return {"table": np.random.RandomState(2).randn(entries).astype(np.float32)}
 
 
+def _head_tables(shape: Shape) -> dict[str, np.ndarray]:
+    entries = shape.q_len + shape.kv_len - 1
+    return {"table": np.random.RandomState(2).randn(shape.q_heads, entries).astype(np.float32)}
+
+
 # -- mods -------------------------------------------------------------------------------------------
 
 
@@ -176,6 +181,11 @@ def _rel_table(xp: Any, captures: Captures, shape: Shape) -> Mods:
     return Mods(lambda s, b, h, q, kv: s + table[q - kv + last], _is_causal)
 
 
+def _head_table(xp: Any, captures: Captures, shape: Shape) -> Mods:
+    table, last = captures["table"], shape.kv_len - 1
+    return Mods(lambda s, b, h, q, kv: s + table[h, q - kv + last], _is_causal)
+
+
 # -- the same masks as ranges of keys ---------------------------------------------------------------
 
 
@@ -211,6 +221,7 @@ _DEFINED = (
     Variant("document", _document, _own_document, _documents),
     Variant("rel_bias", _rel_bias, _everything),
     Variant("rel_table", _rel_table, _past, _table),
+    Variant("head_table", _head_table, _past, _head_tables),
 )
 VARIANTS = {variant.name: variant for variant in _DEFINED}
 

@@ -62,7 +62,9 @@ def test_suites_of_models(suite, tmp_path):
     options = ["--quick", "--layers", "1", "--peers", "flexjax", "--out", str(tmp_path)]
     with jax.numpy_rank_promotion("allow"):
         assert run.main([suite, *options, *(["--only", "decode"] if suite == "infer" else [])]) == 0
-    (row,) = records.read(list(tmp_path.iterdir()))
+    row, *copies = records.read(list(tmp_path.iterdir()))
+    assert [r["peer"] for r in copies] == (["copy"] if suite == "infer" else [])
+    assert all(row["of_copy"] == pytest.approx(row["tbs"] / r["tbs"], rel=1e-3) for r in copies)
     assert (row["suite"], row["peer"], row["config"]["layers"]) == (suite, "flexjax", 1)
     assert 0 < row["error"] < 0.1
     assert row["tokens_s"] > 0

@@ -21,6 +21,7 @@ from benchmarks.peers.torch_sdpa import TorchSdpa
 FOLDER_VARIABLE = "FLEXJAX_PEERS"
 
 _MAKERS = {
+    "flexjax+captures": lambda: Flexjax(captures=True),
     "torch_flex": TorchFlex,
     "torch_flex_autotuned": lambda: TorchFlex(autotuned=True),
     "torch_cudnn": lambda: TorchSdpa("cudnn"),

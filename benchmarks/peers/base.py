@@ -111,6 +111,7 @@ def compiled_jax(
     extra: tuple[Any, ...] = (),
     *,
     layout: str,
+    differentiated: int = 3,
     **details: Any,
 ) -> Contender:
     """A contender from a JAX function of (query, key, value, *extra).
@@ -121,14 +122,16 @@ def compiled_jax(
         case: what is measured.
         extra: further arguments.
         layout: of query, key, value and result.
+        differentiated: how many of the function's arguments a backward pass gives gradients of, from the first.
         details: further attributes of the contender.
     """
     sets = case.inputs.in_layout(layout)
     timed, arguments = jax.jit(function), [(*triple, *extra) for triple in sets]
     if case.backward:
 
-        def pullback(query: Any, key: Any, value: Any, *extra: Any) -> Any:
-            return jax.vjp(lambda *x: function(*x, *extra), query, key, value)[1]
+        def pullback(*arguments: Any) -> Any:
+            variables, others = arguments[:differentiated], arguments[differentiated:]
+            return jax.vjp(lambda *x: function(*x, *others), *variables)[1]
 
         forward = jax.jit(pullback)
         pullbacks = [forward(*x) for x in arguments]
@@ -140,7 +143,7 @@ def compiled_jax(
     name = peer if isinstance(peer, str) else peer(compiled.as_text() or "")
 
     def heads(result: Any, pairs: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        results = result if case.backward else (result,)
+        results = result[:3] if case.backward else (result,)
         picked = [x[b, :, h] if layout == "BLHD" else x[b, h] for b, h in pairs for x in results]
         return [np.asarray(x).astype(np.float32) for x in picked]
 

@@ -19,14 +19,21 @@ def backend_in(program: str) -> str:
 
 
 class Flexjax:
-    """`flexjax.flex_attention` under jit, with the block mask and the captured arrays as arguments."""
+    """`flexjax.flex_attention` under jit, with the block mask and the captured arrays as arguments.
 
-    def __init__(self, backend: str | None = None) -> None:
-        self.backend = backend
+    Args:
+        backend: by which; None for the one that flexjax chooses.
+        captures: whether the backward pass also gives the gradients of the captured arrays of floats, which the
+            gate does not check (the tests do).
+    """
+
+    def __init__(self, backend: str | None = None, captures: bool = False) -> None:
+        self.backend, self.captures = backend, captures
 
     @property
     def name(self) -> str:
-        return "flexjax" if self.backend is None else f"flexjax/{self.backend}"
+        own = "flexjax+captures" if self.captures else "flexjax"
+        return own if self.backend is None else f"{own}/{self.backend}"
 
     def missing(self) -> str | None:
         # Backends are imported when they are first needed, which is not to count as a variant's compile time.
@@ -41,7 +48,8 @@ class Flexjax:
         return None
 
     def supports(self, shape: Shape, variant: Variant) -> bool:
-        return True
+        arrays = variant.captures(shape.shrunk()).values()
+        return not self.captures or any(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
 
     def prepare(self, case: Case) -> Contender:
         shape, variant, options = case.shape, case.variant, case.options
@@ -53,7 +61,7 @@ class Flexjax:
                 mask_mod, None, None, shape.q_len, shape.kv_len, options.block_size
             )
 
-        def attend(query: Any, key: Any, value: Any, block_mask: Any, captures: Any) -> Any:
+        def attend(query: Any, key: Any, value: Any, captures: Any, block_mask: Any) -> Any:
             return flexjax.flex_attention(
                 query,
                 key,
@@ -65,11 +73,12 @@ class Flexjax:
             )
 
         return compiled_jax(
-            lambda program: f"flexjax/{self.backend or backend_in(program)}",
+            lambda program: f"{self.name.split('/')[0]}/{self.backend or backend_in(program)}",
             attend,
             case,
-            (block_mask, captures),
+            (captures, block_mask),
             layout="BHLD",
+            differentiated=4 if self.captures else 3,
             config=dict(options.kernel_options),
             block_size=None if block_mask is None else block_mask.block_size,
             density=None if block_mask is None else 1.0 - block_mask.sparsity() / 100.0,

@@ -20,6 +20,8 @@ REQUIREMENTS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvi
 
 TARGET = Path(__file__).with_name("h100.textproto")
 
+BATCH, HEADS, LENGTH = 2, 4, 1024
+
 
 def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
     from flexjax import masks, scores
@@ -166,7 +168,7 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), args)
     for old in dump.iterdir():
         old.unlink()
-    jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    compiled = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
     report = "\n".join(p.read_text() for p in dump.glob("*.ptxas"))
     code = "\n".join(p.read_text() for p in dump.glob("*.ptx"))
     return {
@@ -174,6 +176,7 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
         "registers": [int(n) for n in re.findall(r"Used (\d+) registers", report)],
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
         "serialized": re.findall(r"[^\n]*C75\d\d[^\n]*", report),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "matrix_instructions": len(re.findall(r"wgmma\.mma_async", code)),
     }
 
@@ -190,7 +193,7 @@ def _attention(name: str) -> tuple[Any, tuple[Any, ...]]:
 
     variant, options = (VARIANTS | BACKWARD_VARIANTS)[name]
     backward = options.get("backward", False)
-    batch, heads, q_len, dim = 2, 4, options.get("q_len", 1024), options["dim"]
+    batch, heads, q_len, dim = BATCH, HEADS, options.get("q_len", LENGTH), options["dim"]
     layout, dtype = options.get("layout", "BHLD"), options.get("dtype", "bfloat16")
     shape = (batch, heads, q_len) if layout == "BHLD" else (batch, q_len, heads)
     query, value = (
