@@ -113,3 +113,12 @@ def test_traced_scale_and_batch_of_one_key():
 
     expected = dense(query * 0.3 * query.shape[-1] ** 0.5, key, value, bias, ids)
     assert_close(scaled(jnp.float32(0.3), query, key, value, bias, ids), expected)
+
+
+@pytest.mark.parametrize("function", [flex, jax.grad(lambda *args: flex(*args).sum())])
+def test_nothing_keeps_jit_from_its_fast_path(function):
+    # JAX 0.11 calls programs that hold one of its high-level primitives through Python, every time.
+    jitted, args = jax.jit(function), operands()
+    jitted(*args)
+    with jax.no_tracing():  # an error wherever a call reaches Python
+        jitted(*args)
