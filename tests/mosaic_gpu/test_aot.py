@@ -106,7 +106,7 @@ def _compiled(*variants: str) -> dict[str, dict]:
 def test_machine_code(group, name):
     """Matrix instructions that nothing serializes, spilled registers and memory within their budgets."""
     result = _compiled(*GROUPS[group])[name]
-    assert len(result["registers"]) >= (2 if group == "decode" else 1), "a kernel was not compiled"
+    assert result["registers"], "no kernel was compiled"
     assert result["matrix_instructions"] > 0
     assert result["serialized"] == []
     options = GROUPS[group][name][1]

@@ -99,6 +99,7 @@ SHAPES = [
     case("kv_tile_64", dim=64, options={"kv_tile": 64, "stages": 1}),
     case("few_ctas", options={"ctas": 5}),
     case("many_ctas", options={"ctas": 1000}),
+    case("whole_tiles", (4096,) * 8, 4096, options={"ctas": 17}, q_len=16, mask=causal),
 ]  # fmt: skip
 
 MODS = [

@@ -5,13 +5,17 @@ some rows of a tile. Everything else is the code that runs on the GPU. Three CTA
 so that tiles are cut, and CTAs compute parts of several.
 """
 
+import jax
 import pytest
 
 from flexjax import masks, scores
+from flexjax.backends.mosaic_gpu import decode_config
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
+from flexjax.backends.mosaic_gpu.decode_plan import Plan
 from flexjax.block_creation import create_block_mask
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 from tests.mosaic_gpu.decoding import DecodeCase, cases, check
+from tests.mosaic_gpu.problems import problem_of
 
 causal = masks.causal()
 
@@ -61,3 +65,31 @@ def test_live_keys_in_one_piece(mask, one_piece):
     """Masks that leave an interval of keys get by with its two ends."""
     graph, _ = trace_mask_mod(mask, index_ranges(1, 2, 1000, 1000))
     assert in_one_piece(graph) == one_piece
+
+
+@pytest.mark.parametrize(
+    ("batch", "ctas", "tiles", "each", "parts"),
+    [
+        (32, 264, (64,) * 32, 64, 1),  # whole tiles: 8 of the CTAs have none, which costs a 64th
+        (32, 264, (64,) * 31 + (63,), 63, 2),
+        (8, 264, (512,) * 8, 125, 6),
+        (2, 264, (1, 0), 1, 1),
+        (2, 264, (0, 0), 1, 0),
+    ],
+)
+def test_steps_are_dealt_out(batch, ctas, tiles, each, parts):
+    """In equal parts, or as whole tiles if that is nearly as even; and every CTA's segments have their numbers."""
+    query = jax.ShapeDtypeStruct((batch, 32, 1, 128), "bfloat16")
+    key = jax.ShapeDtypeStruct((batch, 8, max(*tiles, 1) * 64, 128), "bfloat16")
+    problem, _ = problem_of(query, key, key, options={"ctas": ctas})
+    plan = Plan(problem, decode_config.choose(problem))
+    steps = [n for n in tiles for _ in range(8)]
+    assert plan.steps_each(sum(steps), 8 * tiles[0]) == each
+    numbers, first, most = [], 0, 0
+    for tile, count in enumerate(steps):
+        start, number = plan.segments(tile, first, count, each)
+        numbers += range(int(start), int(start) + int(number))
+        most, first = max(most, int(number)), first + count
+    assert most == parts
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers, default=0) < ctas + len(steps)

@@ -1,280 +1,266 @@
-"""Adds up the segments of every tile that the decoding kernel has written: the second step of split decoding.
+"""Adds up the segments of a tile whose steps are spread over several CTAs: the last step of split decoding.
 
 A segment holds an output O_i, unnormalised and relative to a reference m_i in units of log2, and a sum l_i. With
-m the largest m_i and w_i = 2^(m_i - m), the tile's output is sum(w_i O_i) / sum(w_i l_i). A CTA takes some columns
-of one tile, and reads several segments at a time, because it waits for memory rather than for arithmetic.
+m the largest m_i and w_i = 2^(m_i - m), the tile's output is sum(w_i O_i) / sum(w_i l_i).
+
+On the GPU no second kernel is launched for that. A CTA that has written its segment of a tile counts itself in,
+and the one that is last adds them all up, always in the order of the segments, so that a result is the same every
+time. Nobody waits. A thread takes four columns of a row, whatever the number of rows that are queries, and reads
+several segments at a time, because it waits for memory rather than for arithmetic.
+
+The interpreter runs CTAs one after another and knows no counters; there XLA adds the segments up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
-import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from flexjax.backends.mosaic_gpu import emit, packing, placement
+from flexjax.backends.mosaic_gpu import lanes
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import Results, Segments
 from flexjax.backends.mosaic_gpu.decode_plan import Plan
-from flexjax.backends.mosaic_gpu.launch_sm90 import launch
-from flexjax.backends.mosaic_gpu.registers import ROW, TILE
+from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
+from flexjax.backends.mosaic_gpu.registers import FIRST_NAMED_BARRIER, WARPGROUP
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
-from flexjax.mods import graph as graphs
-from flexjax.problem import Result, heads_first
 
 _MOST_AT_A_TIME = 8
+_VECTOR = 4  # columns of a thread, 16 bytes
 
 
-class Inputs(NamedTuple):
-    """References to the segments, the plan's starts, and the lengths, if there are any."""
+class Share(NamedTuple):
+    """Where the segments of a tile lie.
 
-    out: Any
-    reference: Any
-    total: Any
-    starts: Any
-    lengths: tuple[Any, ...]
+    Attributes:
+        tile: number of the tile.
+        lead: its row of tiles among those of all batch rows.
+        first_row: first of its rows in that.
+        hidden: queries of the batch row that come before its first token.
+        first: the first segment.
+        count: how many there are.
+    """
 
-
-class Outputs(NamedTuple):
-    """References to what is written, of rows of tiles: out [n, rows, Dv], statistics [n, rows to 64]."""
-
-    out: Any
-    lse: Any
-    max_scores: tuple[Any, ...]
-
-
-class Buffers(NamedTuple):
-    """Nothing."""
+    tile: Any
+    lead: Any
+    first_row: Any
+    hidden: Any
+    first: Any
+    count: Any
 
 
-class Sums(NamedTuple):
-    """What a tile has so far: reference [64], sum [64], output [64, columns]."""
+def add_up(
+    plan: Plan, segments: Segments, counts: Any, results: Results, share: Share, *, written: bool
+) -> None:
+    """Adds up the segments of a tile, if all are there.
 
-    reference: Any
-    total: Any
-    out: Any
+    Args:
+        plan: the plan.
+        segments: references.
+        counts: reference to an int32 a tile, 0 at the start: how many segments are written.
+        results: references to what is written.
+        share: the tile's segments.
+        written: whether this CTA has just written one of them, and has to be counted in; else there are none.
+    """
+    refs = (*segments, counts, results.out, results.lse, *results.max_scores)
+    types = (plgpu.RefType(),) * len(refs), (plgpu.Layout.WG_SPLAT,) * len(share)
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def emit(_: Any, refs: Any, numbers: Any) -> None:
+        out, reference, total, counts, *targets = refs
+        here = Share(*(Lane(n.registers.item(), I32) for n in numbers))
+        sums = _Sums(plan, Segments(out, reference, total), targets, here)
+        if not written:
+            sums.emit()
+            return
+        with mgpu.utils.when(_is_last(_at(counts, here.tile), here.count).ir):
+            sums.emit()
+
+    emit(refs, tuple(jnp.asarray(n, jnp.int32) for n in share))
 
 
-def steps_each(total: Any, ctas: int) -> Any:
-    """Steps of every CTA but the last ones."""
-    return jnp.maximum(lax.div(total + (ctas - 1), jnp.int32(ctas)), 1)
-
-
-def combine(plan: Plan, segments: Any, starts: Any, lengths: tuple[Any, ...]) -> Result:
-    """The result of an attention from its segments."""
-    problem, rows, interpret = plan.problem, plan.rows, plan.config.interpret
-    v_dim = segments.out.shape[-1]
-    lead, padded = problem.batch * rows.heads, rows.tiles * WARPGROUP_ROWS
-    stats = jax.ShapeDtypeStruct((lead, padded), jnp.float32)
-    out = jax.ShapeDtypeStruct((lead, padded if interpret else rows.count, v_dim), problem.q_dtype)
-    kernel = Kernel(plan, 32 if v_dim % 32 == 0 else 16, v_dim)
-    result = launch(
-        "flexjax_combine",
-        functools.partial(_run, kernel),
-        Inputs(segments.out, segments.reference, segments.total, starts, lengths),
-        Outputs(out, stats, (stats,) if problem.max_scores else ()),
-        Buffers(),
-        ctas=rows.all_tiles * kernel.parts,
-        warpgroups=1,
-        approx_math=False,
-        interpret=interpret,
+def _is_last(counter: ir.Value, count: Lane) -> Lane:
+    """Counts this CTA in, behind all that it has written; whether it is the last of `count`."""
+    thread = mgpu.utils.thread_idx()
+    code = f"""{{
+        .reg .pred first, last;
+        .reg .u32 before;
+        setp.eq.u32 first, $1, 0;
+        mov.u32 before, 0;
+        bar.sync {FIRST_NAMED_BARRIER}, {WARPGROUP};
+        @first atom.acq_rel.gpu.add.u32 before, [$2], 1;
+        setp.eq.and.u32 last, before, $3, first;
+        bar.red.or.pred last, {FIRST_NAMED_BARRIER}, {WARPGROUP}, last;
+        selp.u32 $0, 1, 0, last;
+    }}"""
+    i32 = ir.IntegerType.get_signless(32)
+    last = mgpu.utils.inline_ptx(
+        code,
+        thread,
+        counter,
+        (count - 1).ir,
+        result_types=i32,
+        has_side_effects=True,
+        convergent=True,
     )
+    return lanes.compare("ne", Lane(last, I32), 0)
 
-    def by_head(x: Any) -> Any:
-        shape = (problem.batch, problem.q_heads, problem.q_len)
-        return x[:, : rows.count].reshape(*shape, *x.shape[2:])
 
-    out = heads_first(by_head(result.out)[..., : problem.v_dim], problem.layout)
-    lse, *maxima = map(by_head, (result.lse, *result.max_scores))
-    return Result(out, lse, maxima[0] if maxima else None)
+def _at(ref: ir.Value, *indices: Lane) -> ir.Value:
+    """Address of an element of a reference in global memory."""
+    i64 = ir.IntegerType.get_signless(64)
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    place = arith.constant(i64, 0)
+    for index, stride in zip(indices, strides, strict=True):
+        step = arith.muli(arith.extsi(i64, index.ir), arith.constant(i64, stride))
+        place = arith.addi(place, step)
+    pointer = mgpu.utils.memref_ptr(ref)
+    return mgpu.utils.getelementptr(pointer, [place], ir.MemRefType(ref.type).element_type)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What is static: the plan, columns of a CTA, and of all."""
+class _Sums:
+    """Emits the sums over a tile's segments."""
 
     plan: Plan
-    columns: int
-    v_dim: int
-
-    @property
-    def parts(self) -> int:
-        return self.v_dim // self.columns
+    segments: Segments
+    targets: list[Any]
+    share: Share
 
     @property
     def at_a_time(self) -> int:
         """Segments that are read side by side: as many as even sequences have, if registers hold them."""
         cuts = self.plan.config.ctas // self.plan.rows.all_tiles
-        return min(cuts + 2, 2 if self.plan.config.interpret else _MOST_AT_A_TIME)
+        return min(cuts + 2, _MOST_AT_A_TIME)
 
-
-def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
-    del buffers
-    plan, cta = kernel.plan, lax.axis_index("cta")
-    tile, part = lax.div(cta, jnp.int32(kernel.parts)), lax.rem(cta, jnp.int32(kernel.parts))
-    row = lax.div(tile, jnp.int32(plan.inner))
-    begin, end = inputs.starts[row], inputs.starts[row + 1]
-    count = lax.div(end - begin, jnp.int32(plan.inner))
-    each = steps_each(inputs.starts[plan.list_rows], plan.config.ctas)
-    first_step = begin + (tile - row * plan.inner) * count
-    first_cta = lax.div(first_step, each)
-    last_cta = lax.div(first_step + count - 1, each)
-    segments = jnp.where(count > 0, last_cta - first_cta + 1, 0)
-    zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-    nothing = Sums(
-        plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), ROW),
-        zeros,
-        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, kernel.columns), jnp.float32), TILE),
-    )
-    at_a_time = kernel.at_a_time
-    rounds = lax.div(segments + (at_a_time - 1), jnp.int32(at_a_time))
-
-    def add(i: Any, sums: Sums) -> Sums:
-        numbers = [i * at_a_time + k for k in range(at_a_time)]
-        there = [n < segments for n in numbers]
-        # What is not there is read from the last segment, and weighted with 0.
-        where = [first_cta + tile + jnp.minimum(n, segments - 1) for n in numbers]
-        references = [
-            jnp.where(jnp.broadcast_to(t, (WARPGROUP_ROWS,)), _row(inputs.reference, s), -jnp.inf)
-            for t, s in zip(there, where, strict=True)
-        ]
-        totals = [_row(inputs.total, s) for s in where]
-        outs = [_columns(kernel, inputs.out, s, part) for s in where]
-        reference = functools.reduce(jnp.maximum, references, sums.reference)
-        safe = jnp.where(reference == -jnp.inf, 0.0, reference)
-        weight = jnp.exp2(sums.reference - safe)
-        total, out = sums.total * weight, sums.out * _over_columns(weight, sums.out)
-        for r, t, o in zip(references, totals, outs, strict=True):
-            weight = jnp.exp2(r - safe)
-            total, out = total + weight * t, out + _over_columns(weight, out) * o
-        return Sums(reference, total, out)
-
-    sums = lax.fori_loop(0, rounds, add, nothing)
-    _store(kernel, inputs, outputs, tile, part, sums)
-
-
-def _row(ref: Any, segment: Any) -> Any:
-    return plgpu.load(ref.at[segment, pl.ds(0, WARPGROUP_ROWS)], layout=ROW, optimized=False)
-
-
-def _over_columns(row: Any, like: Any) -> Any:
-    return lax.broadcast_in_dim(row, like.shape, [0])
-
-
-def _columns(kernel: Kernel, ref: Any, segment: Any, part: Any) -> Any:
-    """Columns of a segment's output; rows past the last one repeat it."""
-    graph = packing.reader(ref.shape, np.dtype("float32"))
-    inputs = _inputs(kernel, segment, 0, part * kernel.columns, ref.shape[1])
-    (value,) = emit.evaluate_on_tile(graph, (ref,), inputs)
-    return value.value
-
-
-def _inputs(kernel: Kernel, h: Any, q_start: Any, kv_start: Any, q_limit: int) -> emit.TileInputs:
-    return emit.TileInputs(
-        score=None,
-        b=0,
-        h=h,
-        q_start=q_start,
-        kv_start=kv_start,
-        q_size=WARPGROUP_ROWS,
-        kv_size=kernel.columns,
-        q_limit=q_limit,
-        kv_limit=kernel.columns,
-        interpret=kernel.plan.config.interpret,
-    )
-
-
-def _store(
-    kernel: Kernel, inputs: Inputs, outputs: Outputs, tile: Any, part: Any, sums: Sums
-) -> None:
-    plan, rows, problem = kernel.plan, kernel.plan.rows, kernel.plan.problem
-    lead, first_row = lax.div(tile, jnp.int32(rows.tiles)), lax.rem(tile, jnp.int32(rows.tiles))
-    first_row = first_row * WARPGROUP_ROWS
-    inverse = jnp.where(sums.total == 0.0, 0.0, 1.0 / sums.total)
-    out = sums.out * _over_columns(inverse, sums.out)
-    maxima = sums.reference * (1.0 / LOG2_E)
-    lse = maxima + jnp.log(sums.total)
-    if inputs.lengths and problem.q_len > 1:
-        # Queries before the first token of a sequence that is shorter than they are many.
-        graph = packing.row_exists(problem.batch, problem.q_len)
-        tile_inputs = dataclasses.replace(
-            _inputs(kernel, 0, first_row, 0, WARPGROUP_ROWS),
-            b=lax.div(lead, jnp.int32(rows.heads)),
-        )
-        (exists,) = emit.evaluate_on_tile(graph, inputs.lengths, tile_inputs)
-        out = jnp.where(emit.broadcast(exists, graphs.TILE, tile_inputs), out, 0.0)
-        lse, maxima = (jnp.where(exists.value, x, -jnp.inf) for x in (lse, maxima))
-    store_rows(
-        outputs.out,
-        lead,
-        first_row,
-        part * kernel.columns,
-        out.astype(problem.q_dtype),
-        rows.count,
-        plan.config.interpret,
-    )
-
-    @pl.when(part == 0)
-    def _() -> None:
-        where = (lead, pl.ds(first_row, WARPGROUP_ROWS))
-        outputs.lse[where] = plgpu.layout_cast(lse, ROW)
-        for ref in outputs.max_scores:
-            ref[where] = plgpu.layout_cast(maxima, ROW)
-
-
-def store_rows(
-    ref: Any, lead: Any, first_row: Any, first_column: Any, tile: Any, limit: int, interpret: bool
-) -> None:
-    """ref[lead, first_row + i, first_column + j] = tile[i, j], for rows below the limit.
-
-    Few of a tile's rows are queries; the others would cost as much memory traffic as all keys of a short step.
-    """
-    size, columns = tile.shape
-    if interpret:  # where the array has whole tiles
-        ref[lead, pl.ds(first_row, size), pl.ds(first_column, columns)] = tile
-        return
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), TILE, *(plgpu.Layout.WG_SPLAT,) * 3),
-    )
-    def store(_: Any, ref: Any, x: Any, lead: Any, first_row: Any, first_column: Any) -> None:
-        i64 = ir.IntegerType.get_signless(64)
-        memref = ir.MemRefType(ref.type)
-        strides, _ = memref.get_strides_and_offset()
-        pointer = mgpu.utils.memref_ptr(ref)
-        lead, first_row, first_column = (
-            v.registers.item() for v in (lead, first_row, first_column)
-        )
-        origin = [lane.ir for lane in placement.origin(x.layout, x.shape)]
-        places = placement.static_offsets(x.layout, x.shape)
-        by_row: dict[int, list[tuple[int, Any]]] = {}
-        for register, offsets in zip(x.registers.reshape(-1), places, strict=True):
-            by_row.setdefault(offsets[0][0], []).append((offsets[0][1], register))
-
-        def wide(value: Any) -> Any:
-            return arith.extsi(i64, value)
-
-        def times(value: Any, stride: int) -> Any:
-            return arith.muli(wide(value), arith.constant(i64, stride))
-
+    def emit(self) -> None:
+        """All elements that the thread has."""
+        _, rows, columns = ir.MemRefType(self.segments.out.type).shape
         i32 = ir.IntegerType.get_signless(32)
-        for offset, registers in by_row.items():
-            row = arith.addi(arith.addi(first_row, origin[0]), arith.constant(i32, offset))
-            column = arith.addi(first_column, origin[1])
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, row, arith.constant(i32, limit))):
-                place = arith.addi(times(lead, strides[0]), times(row, strides[1]))
-                place = arith.addi(place, wide(column))
-                base = mgpu.utils.getelementptr(pointer, [place], memref.element_type)
-                for at, register in registers:
-                    target = mgpu.utils.getelementptr(base, [at], memref.element_type)
-                    llvm.store(register, target)
+        vectors, in_row = rows * columns // _VECTOR, columns // _VECTOR
+        end, step = (arith.constant(i32, n) for n in (vectors, WARPGROUP))
+        loop = scf.ForOp(mgpu.utils.thread_idx(), end, step)
+        with ir.InsertionPoint(loop.body):
+            place = Lane(loop.induction_variable, I32)
+            row, column = lanes.div(place, in_row), lanes.rem(place, in_row) * _VECTOR
+            in_tile = self.share.first_row + row < self.plan.rows.count
+            with mgpu.utils.when(in_tile.ir):
+                self._store(row, column, *self._sums(row, column))
+            scf.yield_([])
 
-    store(ref, tile, *(jnp.asarray(v, jnp.int32) for v in (lead, first_row, first_column)))
+    def _sums(self, row: Lane, column: Lane) -> tuple[Lane, Lane, ir.Value]:
+        """(reference, sum, output) of some columns of a row."""
+        share, at_a_time = self.share, self.at_a_time
+        kind = ir.VectorType.get((_VECTOR,), ir.F32Type.get())
+        i32 = ir.IntegerType.get_signless(32)
+        nothing = lanes.const(0.0, F32)
+        start = [lanes.const(-np.inf, F32).ir, nothing.ir, vector.broadcast(kind, nothing.ir)]
+        zero, step = (arith.constant(i32, n) for n in (0, at_a_time))
+        loop = scf.ForOp(zero, share.count.ir, step, start)
+        with ir.InsertionPoint(loop.body):
+            first = Lane(loop.induction_variable, I32)
+            reference, total, out = loop.inner_iter_args
+            reference, total = Lane(reference, F32), Lane(total, F32)
+            read = [self._segment(first + k, row, column) for k in range(at_a_time)]
+            top = reference
+            for other, _, _ in read:
+                top = lanes.maximum(top, other)
+            safe = lanes.select(lanes.compare("eq", top, -np.inf), 0.0, top)
+            weight = lanes.call("exp2.approx", reference - safe)
+            total, out = total * weight, arith.mulf(out, vector.broadcast(kind, weight.ir))
+            for other, other_total, other_out in read:
+                weight = lanes.call("exp2.approx", other - safe)
+                total = total + weight * other_total
+                weighted = arith.mulf(other_out, vector.broadcast(kind, weight.ir))
+                out = arith.addf(out, weighted)
+            scf.yield_([top.ir, total.ir, out])
+        reference, total, out = loop.results
+        return Lane(reference, F32), Lane(total, F32), out
+
+    def _segment(self, number: Lane, row: Lane, column: Lane) -> tuple[Lane, Lane, ir.Value]:
+        """What a segment has; one that is not there reads the last one, with a reference of -inf."""
+        share = self.share
+        there = number < share.count
+        segment = share.first + lanes.minimum(number, share.count - 1)
+        f32 = ir.F32Type.get()
+        reference, total = (
+            Lane(llvm.load(f32, _at(ref, segment, row)), F32)
+            for ref in (self.segments.reference, self.segments.total)
+        )
+        kind = ir.VectorType.get((_VECTOR,), f32)
+        out = llvm.load(kind, _at(self.segments.out, segment, row, column), alignment=16)
+        return lanes.select(there, reference, -np.inf), total, out
+
+    def _store(self, row: Lane, column: Lane, reference: Lane, total: Lane, out: ir.Value) -> None:
+        share, q_len = self.share, self.plan.problem.q_len
+        target, *stats = self.targets
+        row = share.first_row + row
+        exists = lanes.rem(row, q_len) >= share.hidden
+        empty = lanes.compare("eq", total, 0.0)
+        inverse = lanes.select(empty, 0.0, lanes.div(lanes.const(1.0, F32), total))
+        scaled = arith.mulf(out, vector.broadcast(out.type, inverse.ir))
+        zeros = vector.broadcast(out.type, lanes.const(0.0, F32).ir)
+        scaled = arith.select(exists.ir, scaled, zeros)
+        kind = ir.MemRefType(target.type).element_type
+        narrow = arith.truncf(ir.VectorType.get((_VECTOR,), kind), scaled)
+        llvm.store(narrow, _at(target, share.lead, row, column), alignment=2 * _VECTOR)
+        maximum = reference * (1.0 / LOG2_E)
+        lse = maximum + lanes.call("log", total)
+        with mgpu.utils.when(lanes.compare("eq", column, 0).ir):
+            for ref, value in zip(stats, (lse, maximum), strict=False):
+                value = lanes.select(exists, value, -np.inf)
+                llvm.store(value.ir, _at(ref, share.lead, row))
+
+
+def add_up_outside(
+    plan: Plan, segments: Segments, starts: Any, hidden: Any, results: Results
+) -> Results:
+    """The results with those of tiles that have not just one segment added up by XLA, for the interpreter.
+
+    Args:
+        plan: the plan.
+        segments: what the kernel has written.
+        starts: see `decode_plan.Work`.
+        hidden: int32 [B], queries before the first token.
+        results: of tiles with one segment.
+    """
+    rows, tile = plan.rows, jnp.arange(plan.rows.all_tiles)
+    row = tile // plan.inner
+    count = (starts[row + 1] - starts[row]) // plan.inner
+    first_step = starts[row] + (tile - row * plan.inner) * count
+    each = plan.steps_each(starts[plan.list_rows], starts[1])
+    first, parts = plan.segments(tile, first_step, count, each)
+    number = jnp.arange(plan.config.ctas)[None]
+    there = number < parts[:, None]
+    where = first[:, None] + jnp.where(there, number, 0)
+    reference = jnp.where(there[..., None], segments.reference[where], -jnp.inf)
+    maximum = reference.max(1)
+    weight = jnp.exp2(reference - jnp.where(maximum == -jnp.inf, 0.0, maximum)[:, None])
+    total = jnp.where(there[..., None], weight * segments.total[where], 0.0).sum(1)
+    weighted = weight[..., None] * segments.out[where]
+    out = jnp.where(there[..., None, None], weighted, 0.0).sum(1)
+    query = (jnp.arange(rows.tiles * WARPGROUP_ROWS) % plan.problem.q_len).reshape(rows.tiles, -1)
+    exists = query[None] >= jnp.repeat(hidden, rows.heads)[:, None, None]
+    exists = exists.reshape(rows.all_tiles, WARPGROUP_ROWS)
+    inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
+    maximum = maximum * (1.0 / LOG2_E)
+    lse = maximum + jnp.log(total)
+
+    def chosen(old: Any, new: Any, otherwise: float) -> Any:
+        tiles = (rows.all_tiles, WARPGROUP_ROWS, *old.shape[2:])
+        one = (parts == 1).reshape(-1, *(1,) * (len(tiles) - 1))
+        kept = exists.reshape(*exists.shape, *(1,) * (len(tiles) - 2))
+        new = jnp.where(kept, new, otherwise).astype(old.dtype)
+        return jnp.where(one, old.reshape(tiles), new).reshape(old.shape)
+
+    return Results(
+        chosen(results.out, out * inverse[..., None], 0.0),
+        chosen(results.lse, lse, -jnp.inf),
+        tuple(chosen(old, maximum, -jnp.inf) for old in results.max_scores),
+    )

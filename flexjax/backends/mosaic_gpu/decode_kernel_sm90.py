@@ -15,7 +15,11 @@ from flexjax.mods.graph import Graph
 
 
 class Inputs(NamedTuple):
-    """References to what the kernel reads; `lengths` and `page_table` are empty or one reference."""
+    """References to what the kernel reads; `lengths` and `page_table` are empty or one reference.
+
+    `counts`, int32 [tiles] and 0 at the start, tell how many segments of a tile are written; empty in the
+    interpreter.
+    """
 
     query: Any
     key: Any
@@ -25,6 +29,7 @@ class Inputs(NamedTuple):
     page_table: tuple[Any, ...]
     score_captures: tuple[Any, ...]
     mask_captures: tuple[Any, ...]
+    counts: tuple[Any, ...]
 
 
 class Segments(NamedTuple):
@@ -33,6 +38,21 @@ class Segments(NamedTuple):
     out: Any
     reference: Any
     total: Any
+
+
+class Results(NamedTuple):
+    """The results, of rows of tiles: out [n, rows, Dv], statistics [n, rows up to a multiple of 64]."""
+
+    out: Any
+    lse: Any
+    max_scores: tuple[Any, ...]
+
+
+class Outputs(NamedTuple):
+    """References to what the kernel writes."""
+
+    results: Results
+    segments: Segments
 
 
 class Buffers(NamedTuple):

@@ -21,6 +21,10 @@ from flexjax.mods.regions import Exact, Regions, bounds
 from flexjax.problem import Operands, Problem
 
 _FEW = 512  # list rows
+# So many lengths the kernel looks through by itself, which spares a small kernel before it.
+_IN_KERNEL = 32
+# CTAs get whole tiles if that makes their shares longer by at most this part of them.
+_WHOLE_TILES = 16
 ALL, RANGE, LISTS = "all", "range", "lists"
 
 
@@ -28,13 +32,14 @@ class Work(NamedTuple):
     """The arrays of a plan.
 
     Attributes:
-        starts: int32 [rows + 1], steps before those of each list row; the last is the number of all steps.
+        starts: int32 [rows + 1], steps before those of each list row; the last is the number of all steps. Empty
+            if the kernel counts the steps.
         first: the first live tile of each list row, int32 [rows]; empty if it is 0.
         lists: numbers of partial blocks [Bm, Hm], their indices [Bm, Hm, W], and the same of full blocks; empty
             without lists.
     """
 
-    starts: Any
+    starts: tuple[Any, ...]
     first: tuple[Any, ...]
     lists: tuple[Any, ...]
 
@@ -82,6 +87,11 @@ class Plan:
         return self.rows.all_tiles // self.list_rows
 
     @property
+    def counts_in_kernel(self) -> bool:
+        """Whether the kernel counts the steps of the list rows, from the lengths."""
+        return self.kind == ALL and self.list_rows <= _IN_KERNEL
+
+    @property
     def kv_tiles(self) -> int:
         return cdiv(self.problem.kv_len, self.config.kv_tile)
 
@@ -99,18 +109,46 @@ class Plan:
     def steps_per_block(self) -> int:
         return self.kv_block // self.config.kv_tile
 
+    # -- how steps are dealt out ----------------------------------------------------------------
+
+    def steps_each(self, total: Any, first: Any) -> Any:
+        """Steps of every CTA but the last ones, from the numbers of all steps and of those of the first list row.
+
+        Equal parts; or, where all tiles may have equally many steps and little is lost by it, whole tiles: parts
+        of tiles have to be written, read and added up.
+        """
+        ctas, count = self.config.ctas, jnp.maximum(lax.div(first, jnp.int32(self.inner)), 1)
+        equal = jnp.maximum(lax.div(total + (ctas - 1), jnp.int32(ctas)), 1)
+        whole = lax.div(equal + (count - 1), count) * count
+        even = total == count * self.rows.all_tiles
+        return jnp.where(even & ((whole - equal) * _WHOLE_TILES <= equal), whole, equal)
+
+    def segments(self, tile: Any, first_step: Any, count: Any, each: Any) -> tuple[Any, Any]:
+        """(number of the first one, how many) of the segments of a tile, from its first step and their count."""
+        first, last = lax.div(first_step, each), lax.div(first_step + (count - 1), each)
+        return first + tile, jnp.where(count > 0, last - first + 1, 0)
+
     # -- on the device --------------------------------------------------------------------------
+
+    def starts(self, operands: Operands, work: Work) -> Any:
+        """`Work.starts`, also where the kernel counts."""
+        return work.starts[0] if work.starts else _starts(self._counts(operands) * self.inner)
+
+    def _counts(self, operands: Operands) -> Any:
+        """Tiles of keys up to the lengths."""
+        lengths = operands.lengths
+        if lengths is None:
+            lengths = jnp.full(self.problem.batch, self.problem.kv_len, jnp.int32)
+        tile = self.config.kv_tile
+        return (jnp.clip(lengths, 0, self.problem.kv_len) + (tile - 1)) // tile
 
     def work(self, operands: Operands) -> Work:
         """Finds the live tiles."""
         first, lists = (), ()
+        if self.counts_in_kernel:
+            return Work((), first, lists)
         if self.kind == ALL:
-            tile = self.config.kv_tile
-            lengths = operands.lengths
-            if lengths is None:
-                lengths = jnp.full(self.problem.batch, self.problem.kv_len, jnp.int32)
-            lengths = jnp.clip(lengths, 0, self.problem.kv_len)
-            counts = (lengths + (tile - 1)) // tile
+            counts = self._counts(operands)
         elif self.problem.blocks is not None:
             counts, lists = self._given(operands)
         else:
@@ -123,7 +161,7 @@ class Plan:
                 found = lists_from_states(live.astype(jnp.int8) * PARTIAL, (live.shape[-1], 1))
                 counts, lists = found.counts, found.arrays
         counts = jnp.broadcast_to(counts, self._counted) if counts.ndim == 2 else counts
-        return Work(_starts(counts.reshape(-1) * self.inner), first, lists)
+        return Work((_starts(counts.reshape(-1) * self.inner),), first, lists)
 
     @property
     def _counted(self) -> tuple[int, int]:

@@ -3,13 +3,13 @@
 The steps of all tiles, one after another, are dealt out to as many CTAs as run at a time (decode_plan.py). Every
 CTA is one warpgroup that keeps a ring of shared-memory stages filled by TMA and computes what arrives, two of them
 on a multiprocessor; its steps may belong to several tiles, and the loads for the next tile run ahead of the end of
-this one. What a CTA has of a tile, a *segment*, it writes down unnormalised; a second small kernel adds the
-segments up (combine_sm90.py).
+this one. A tile that a CTA has all the steps of is done then. Of others it writes down what it has, a *segment*,
+unnormalised; the last CTA to do so adds the segments up (combine_sm90.py).
 
     for each step:
         S = Q K^T, give the stage of K to the next load, P = softmax of S
         O = O alpha + P V, give the stage of V to the next load
-        at the end of a tile, or of the CTA's steps: write O, m and l of the segment
+        at the end of a tile, or of the CTA's steps: write O / l, or O, m and l of the segment
 
 The segment of tile t in CTA c is number c + t: one of the two grows from each segment to the next.
 """
@@ -29,7 +29,14 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import combine_sm90, emit, packing, products_sm90, registers
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, padded_dim
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig
-from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import Buffers, Inputs, Kernel, Segments
+from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import (
+    Buffers,
+    Inputs,
+    Kernel,
+    Outputs,
+    Results,
+    Segments,
+)
 from flexjax.backends.mosaic_gpu.decode_plan import Plan
 from flexjax.backends.mosaic_gpu.decode_steps import Place, Step, Steps
 from flexjax.backends.mosaic_gpu.launch_sm90 import (
@@ -39,7 +46,10 @@ from flexjax.backends.mosaic_gpu.launch_sm90 import (
     rows,
 )
 from flexjax.backends.mosaic_gpu.registers import ROW, TILE
+from flexjax.backends.mosaic_gpu.row_stores import store_rows
 from flexjax.backends.mosaic_gpu.softmax import State
+from flexjax.block_lists import cdiv
+from flexjax.mods import graph as graphs
 from flexjax.problem import BLHD, Operands, Problem, Result, heads_first
 
 # Columns of queries or values that are on their way through registers at a time.
@@ -47,7 +57,7 @@ _COLUMNS = 64
 
 
 def forward(problem: Problem, operands: Operands, config: DecodeConfig) -> Result:
-    """Runs the two kernels.
+    """Runs the kernel.
 
     Copies keys and values only if TMA cannot address them: see `launch_sm90.addressable`.
     """
@@ -58,31 +68,62 @@ def forward(problem: Problem, operands: Operands, config: DecodeConfig) -> Resul
     kernel = Kernel(plan)
     score_captures = operands.score_captures if problem.score is not None else ()
     mask_captures = operands.mask_captures if kernel.mask is not None else ()
+    counts = jnp.zeros(plan.rows.all_tiles, jnp.int32)
     inputs = Inputs(
         query,
         key,
         value,
         work,
         lengths,
-        () if operands.page_table is None else (operands.page_table,),
-        *(tuple(map(capture, c)) for c in (score_captures, mask_captures)),
+        page_table=() if operands.page_table is None else (operands.page_table,),
+        score_captures=tuple(map(capture, score_captures)),
+        mask_captures=tuple(map(capture, mask_captures)),
+        counts=() if config.interpret else (jax.new_ref(counts),),
     )
-    count = config.ctas + plan.rows.all_tiles
-    written = WARPGROUP_ROWS if config.interpret else min(plan.rows.count, WARPGROUP_ROWS)
-    stats = jax.ShapeDtypeStruct((count, WARPGROUP_ROWS), jnp.float32)
-    out = jax.ShapeDtypeStruct((count, written, value.shape[-1]), jnp.float32)
-    segments = launch(
+    outputs = launch(
         "flexjax_decode",
         functools.partial(_run, kernel),
         inputs,
-        Segments(out, stats, stats),
+        _outputs(plan, value.shape[-1]),
         kernel.buffers(query.shape[-1], value.shape[-1]),
         ctas=config.ctas,
         warpgroups=1,
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
-    return combine_sm90.combine(plan, segments, work.starts, lengths)
+    results = outputs.results
+    if config.interpret:
+        hidden = jnp.zeros(problem.batch, jnp.int32)
+        if operands.lengths is not None:
+            hidden = jnp.maximum(problem.q_len - operands.lengths, 0)
+        starts = plan.starts(operands, work)
+        results = combine_sm90.add_up_outside(plan, outputs.segments, starts, hidden, results)
+
+    def by_head(x: Any) -> Any:
+        shape = (problem.batch, problem.q_heads, problem.q_len)
+        return x[:, : plan.rows.count].reshape(*shape, *x.shape[2:])
+
+    out = heads_first(by_head(results.out)[..., : problem.v_dim], problem.layout)
+    lse, *maxima = map(by_head, (results.lse, *results.max_scores))
+    return Result(out, lse, maxima[0] if maxima else None)
+
+
+def _outputs(plan: Plan, v_dim: int) -> Outputs:
+    """The types of what the kernel writes."""
+    rows, interpret = plan.rows, plan.config.interpret
+    lead, padded = plan.problem.batch * rows.heads, rows.tiles * WARPGROUP_ROWS
+    stats = jax.ShapeDtypeStruct((lead, padded), jnp.float32)
+    out = (lead, padded if interpret else rows.count, v_dim)
+    results = Results(
+        jax.ShapeDtypeStruct(out, plan.problem.q_dtype),
+        stats,
+        (stats,) if plan.problem.max_scores else (),
+    )
+    count = plan.config.ctas + rows.all_tiles
+    written = WARPGROUP_ROWS if interpret else min(rows.count, WARPGROUP_ROWS)
+    stats = jax.ShapeDtypeStruct((count, WARPGROUP_ROWS), jnp.float32)
+    out = jax.ShapeDtypeStruct((count, written, v_dim), jnp.float32)
+    return Outputs(results, Segments(out, stats, stats))
 
 
 def _arrays(plan: Plan, operands: Operands) -> tuple[Any, Any, Any]:
@@ -104,7 +145,7 @@ def _arrays(plan: Plan, operands: Operands) -> tuple[Any, Any, Any]:
     return query, key, value
 
 
-def _run(kernel: Kernel, inputs: Inputs, outputs: Segments, buffers: Buffers) -> None:
+def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
     Decoder(kernel, inputs, outputs, buffers).run(lax.axis_index("cta"))
 
 
@@ -114,7 +155,7 @@ class Decoder:
 
     kernel: Kernel
     inputs: Inputs
-    outputs: Segments
+    outputs: Outputs
     buffers: Buffers
 
     @property
@@ -123,8 +164,10 @@ class Decoder:
 
     def run(self, cta: Any) -> None:
         plan, stages = self.kernel.plan, self.kernel.plan.config.stages
-        total = self.inputs.work.starts[plan.list_rows]
-        begin, end = share(total, plan.config.ctas, cta)
+        total = self.steps.total
+        each = plan.steps_each(total, self.steps.steps_of(0))
+        begin = jnp.minimum(cta * each, total)
+        end = jnp.minimum(begin + each, total)
         nowhere = Place(jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
         def fill(i: Any, place: Place) -> Place:
@@ -142,7 +185,8 @@ class Decoder:
         v_dim = self.buffers.value.shape[-1]
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
         carry = nowhere, ahead, zeros, self.kernel.softmax.start(WARPGROUP_ROWS)
-        lax.fori_loop(begin, end, lambda x, c: self._step(cta, x, begin, end, *c), carry)
+        lax.fori_loop(begin, end, lambda x, c: self._step(cta, each, x, begin, end, *c), carry)
+        self._empty_tiles(cta)
 
     # -- loads ----------------------------------------------------------------------------------
 
@@ -200,6 +244,7 @@ class Decoder:
     def _step(
         self,
         cta: Any,
+        each: Any,
         x: Any,
         begin: Any,
         end: Any,
@@ -234,7 +279,13 @@ class Decoder:
         out = products_sm90.add_weighted(out, p, buffers.value.at[stage], staged)
         load = self.inputs.value, buffers.value, buffers.value_full, stage, next_step
         self._pass_on(buffers.value_free, *load, wanted=more)
-        pl.when(step.last | (x == end - 1))(lambda: self._store(cta + step.tile, out, state))
+
+        @pl.when(step.last | (x == end - 1))
+        def _() -> None:
+            first_step = x - step.number
+            parts = self.kernel.plan.segments(step.tile, first_step, place.count, each)
+            self._store(cta, step, parts, out, state)
+
         return place, ahead, out, state
 
     def _clear_values(self, stage: Any, step: Step) -> None:
@@ -296,30 +347,96 @@ class Decoder:
 
     # -- results --------------------------------------------------------------------------------
 
-    def _store(self, segment: Any, out: Any, state: State) -> None:
-        """Writes down a segment."""
-        plan, total = self.kernel.plan, state.total
+    def _store(self, cta: Any, step: Step, parts: Any, out: Any, state: State) -> None:
+        """Writes down the results of a tile, or a segment of it."""
+        interpret = self.kernel.plan.config.interpret
+        first, count = parts
+        pl.when(count == 1)(lambda: self._store_results(step, out, state))
+
+        @pl.when(count > 1)
+        def _() -> None:
+            self._store_segment(cta + step.tile, out, state)
+            if not interpret:
+                share = self._share(step.tile, step.b, step.head, step.part, first, count)
+                self._add_up(share, written=True)
+
+    def _store_segment(self, segment: Any, out: Any, state: State) -> None:
+        plan, total, segments = self.kernel.plan, state.total, self.outputs.segments
         if not plan.config.interpret:
             total = registers.finish_row_sums(total)
-        combine_sm90.store_rows(
-            self.outputs.out,
-            segment,
-            0,
-            0,
-            out,
-            min(plan.rows.count, WARPGROUP_ROWS),
-            plan.config.interpret,
-        )
+        limit = min(plan.rows.count, WARPGROUP_ROWS)
+        store_rows(segments.out, segment, 0, 0, out, limit, plan.config.interpret)
         where = (segment, pl.ds(0, WARPGROUP_ROWS))
-        self.outputs.reference[where] = plgpu.layout_cast(state.reference, ROW)
-        self.outputs.total[where] = plgpu.layout_cast(total, ROW)
+        segments.reference[where] = plgpu.layout_cast(state.reference, ROW)
+        segments.total[where] = plgpu.layout_cast(total, ROW)
 
+    def _store_results(self, step: Step, out: Any, state: State) -> None:
+        plan, results = self.kernel.plan, self.outputs.results
+        problem, interpret = plan.problem, plan.config.interpret
+        inverse, lse, maxima = self.kernel.softmax.finish(state)
+        out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+        first_row = step.part * WARPGROUP_ROWS
+        if self.inputs.lengths and problem.q_len > 1:
+            # Queries before the first token of a sequence that is shorter than they are many.
+            inputs = dataclasses.replace(
+                self._tile_inputs(None, step), kv_size=out.shape[1], kv_limit=out.shape[1]
+            )
+            graph = packing.row_exists(problem.batch, problem.q_len)
+            (exists,) = emit.evaluate_on_tile(graph, self.inputs.lengths, inputs)
+            out = jnp.where(emit.broadcast(exists, graphs.TILE, inputs), out, 0.0)
+            lse, maxima = (jnp.where(exists.value, x, -jnp.inf) for x in (lse, maxima))
+        lead = step.b * plan.rows.heads + step.head
+        out = out.astype(problem.q_dtype)
+        store_rows(results.out, lead, first_row, 0, out, plan.rows.count, interpret)
+        where = (lead, pl.ds(first_row, WARPGROUP_ROWS))
+        results.lse[where] = plgpu.layout_cast(lse, ROW)
+        for ref in results.max_scores:
+            ref[where] = plgpu.layout_cast(maxima, ROW)
 
-def share(total: Any, ctas: int, cta: Any) -> tuple[Any, Any]:
-    """The steps of a CTA: (first, end)."""
-    count = combine_sm90.steps_each(total, ctas)
-    begin = jnp.minimum(cta * count, total)
-    return begin, jnp.minimum(begin + count, total)
+    def _share(self, tile: Any, b: Any, head: Any, part: Any, first: Any, count: Any) -> Any:
+        plan, hidden = self.kernel.plan, jnp.int32(0)
+        if self.inputs.lengths and plan.problem.q_len > 1:
+            hidden = jnp.maximum(plan.problem.q_len - self.steps.length(b), 0)
+        lead = b * plan.rows.heads + head
+        return combine_sm90.Share(tile, lead, part * WARPGROUP_ROWS, hidden, first, count)
+
+    def _add_up(self, share: Any, written: bool) -> None:
+        (counts,) = self.inputs.counts
+        combine_sm90.add_up(
+            self.kernel.plan,
+            self.outputs.segments,
+            counts,
+            self.outputs.results,
+            share,
+            written=written,
+        )
+
+    def _empty_tiles(self, cta: Any) -> None:
+        """Writes the results of tiles without any step, which are dealt out to the CTAs in turns."""
+        plan, rows = self.kernel.plan, self.kernel.plan.rows
+        if plan.config.interpret:
+            return
+
+        def visit(i: Any, carry: None) -> None:
+            number = cta + i * plan.config.ctas
+            tile = jnp.minimum(number, rows.all_tiles - 1)
+            row = lax.div(tile, jnp.int32(plan.inner))
+
+            @pl.when((number < rows.all_tiles) & (self.steps.steps_of(row) == 0))
+            def _() -> None:
+                lead, part = (
+                    lax.div(tile, jnp.int32(rows.tiles)),
+                    lax.rem(tile, jnp.int32(rows.tiles)),
+                )
+                nothing = jnp.int32(0)
+                share = combine_sm90.Share(
+                    tile, lead, part * WARPGROUP_ROWS, nothing, nothing, nothing
+                )
+                self._add_up(share, written=False)
+
+            return carry
+
+        lax.fori_loop(0, cdiv(rows.all_tiles, plan.config.ctas), visit, None)
 
 
 def _columns(buffer: Any) -> list[Any]:

@@ -59,11 +59,32 @@ class Steps:
     def plan(self) -> Plan:
         return self.kernel.plan
 
+    def steps_of(self, row: Any) -> Any:
+        """Steps of all tiles of a list row."""
+        if self.inputs.work.starts:
+            (starts,) = self.inputs.work.starts
+            return starts[row + 1] - starts[row]
+        if not self.inputs.lengths:
+            return jnp.int32(self.plan.kv_tiles * self.plan.inner)
+        tile = self.plan.config.kv_tile
+        tiles = lax.div(jnp.maximum(self.length(row), 0) + (tile - 1), jnp.int32(tile))
+        return tiles * self.plan.inner
+
+    @property
+    def total(self) -> Any:
+        """The number of all steps."""
+        rows = self.plan.list_rows
+        if self.inputs.work.starts:
+            return self.inputs.work.starts[0][rows]
+        return sum((self.steps_of(row) for row in range(rows)), jnp.int32(0))
+
     def located(self, x: Any, place: Place) -> Place:
         """The place of step x, which is `place` or behind it."""
-        starts, plan = self.inputs.work.starts, self.plan
-        count = plan.list_rows
+        plan = self.plan
         beyond = x >= place.begin + place.count * plan.inner
+        if not self.inputs.work.starts:
+            return lax.fori_loop(0, jnp.where(beyond, 1, 0), lambda *_: self._counted(x), place)
+        (starts,), count = self.inputs.work.starts, plan.list_rows
         rounds = jnp.where(beyond, math.ceil(math.log2(count + 1)), 0)
 
         def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -75,6 +96,18 @@ class Steps:
         row, _ = lax.fori_loop(0, rounds, halve, (place.row, jnp.int32(count)))
         begin = starts[row]
         return Place(row, begin, lax.div(starts[row + 1] - begin, jnp.int32(plan.inner)))
+
+    def _counted(self, x: Any) -> Place:
+        """The place of step x, by counting the steps of all rows: few loads, which do not wait for each other."""
+        place, before = Place(jnp.int32(0), jnp.int32(0), jnp.int32(0)), jnp.int32(0)
+        for row in range(self.plan.list_rows):
+            count = self.steps_of(row)
+            here = Place(jnp.int32(row), before, lax.div(count, jnp.int32(self.plan.inner)))
+            # Rows without steps are passed over; the place of a step behind the last one is the last row.
+            reached = (before <= x) & (count > 0)
+            place = Place(*(jnp.where(reached, n, o) for n, o in zip(here, place, strict=True)))
+            before = before + count
+        return place
 
     def step_at(self, x: Any, place: Place) -> Step:
         """The step, from its place; any step of the plan for a number behind the last one."""

@@ -27,7 +27,7 @@ COLUMN = TILE.reduce(0)
 WARPGROUP = 128  # threads
 
 # Named barriers below this number belong to Mosaic.
-_FIRST_NAMED_BARRIER = 8
+FIRST_NAMED_BARRIER = 8
 
 
 # -- registers of a fragment ------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def publish_and_meet(warpgroups: int) -> None:
     @plgpu.inline_mgpu(arg_types=())
     def meet(_: Any) -> None:
         mgpu.utils.inline_ptx(
-            f"fence.proxy.async.shared::cta; bar.sync {_FIRST_NAMED_BARRIER}, {warpgroups * WARPGROUP};",
+            f"fence.proxy.async.shared::cta; bar.sync {FIRST_NAMED_BARRIER}, {warpgroups * WARPGROUP};",
             has_side_effects=True,
         )
 
@@ -234,4 +234,4 @@ def _named_barrier(instruction: str, number: Any) -> None:
             f"{instruction} $0, {threads};", n.registers.item(), has_side_effects=True
         )
 
-    barrier(number + _FIRST_NAMED_BARRIER)
+    barrier(number + FIRST_NAMED_BARRIER)
