@@ -35,6 +35,8 @@ class Config:
         approx_math: approximate transcendental functions in the mods.
         cores: CTAs of a persistent grid.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
+        self_loading: the only consumer issues the copies too, without a producer: several CTAs then share a
+            multiprocessor, and one computes while another starts, waits or stores.
     """
 
     warpgroups: int
@@ -46,6 +48,7 @@ class Config:
     approx_math: bool
     cores: int = CORES
     interpret: bool = False
+    self_loading: bool = False
 
     @property
     def q_tile(self) -> int:
@@ -62,6 +65,7 @@ OPTIONS = {
     "trust_maximum": bool,
     "approx_math": bool,
     "interpret": bool,
+    "self_loading": bool,
 }
 
 
@@ -97,16 +101,18 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
     """
     interpret = problem.option("interpret", False)
     warpgroups = problem.option("warpgroups", _warpgroups(problem))
+    self_loading = problem.option("self_loading", False)
     config = Config(
         warpgroups=warpgroups,
         kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups)),
         stages=4 if _narrow(problem) else 2,
-        persistent=problem.option("persistent", _persistent(problem)),
+        persistent=problem.option("persistent", _persistent(problem) and not self_loading),
         ping_pong=problem.option("ping_pong", True) and not interpret,
         trust_maximum=problem.option("trust_maximum", True),
         approx_math=problem.option("approx_math", True),
         cores=cores,
         interpret=interpret,
+        self_loading=self_loading,
     )
     stages = problem.option("stages", None)
     if stages is not None:
@@ -156,6 +162,11 @@ def _checked(problem: Problem, config: Config) -> Config:
     if config.warpgroups not in REGISTERS:
         raise NotImplementedError(
             f"The kernel runs 1, 2 or 3 consumer warpgroups, but {config.warpgroups} were asked for."
+        )
+    if config.self_loading and (config.warpgroups != 1 or config.persistent):
+        raise NotImplementedError(
+            "A kernel whose consumer loads by itself has one warpgroup and a CTA for each tile, but kernel "
+            f"options ask for {config.warpgroups} warpgroups and persistent={config.persistent}."
         )
     if config.kv_tile not in KV_TILES:
         raise NotImplementedError(
