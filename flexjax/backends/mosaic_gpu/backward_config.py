@@ -51,6 +51,8 @@ class BackwardConfig:
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
         wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
         dq: configuration of the kernel for dQ, where `deterministic`.
+        self_loading: the only consumer issues the copies too, without a producer: two CTAs then share a
+            multiprocessor.
     """
 
     warpgroups: int
@@ -63,6 +65,7 @@ class BackwardConfig:
     interpret: bool = False
     wide: bool = False
     dq: forward_config.Config | None = None
+    self_loading: bool = False
 
     @property
     def key_slots(self) -> int:
@@ -81,6 +84,7 @@ OPTIONS = {
     "backward_q_tile": int,
     "backward_stages": int,
     "backward_order": str,
+    "backward_self_loading": bool,
 }
 
 
@@ -166,6 +170,7 @@ def choose(problem: Problem) -> BackwardConfig:
         interpret=interpret,
         wide=wide,
         dq=_choose_dq(problem, interpret) if deterministic else None,
+        self_loading=problem.option("backward_self_loading", False),
     )
     plain = not (wide or deterministic or interpret) and warpgroups == 2
     if plain and config.order == "dq_first" and problem.mask is None:
@@ -219,6 +224,11 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "head dimensions above 128 take two warpgroups, 64 queries a step and the order "
             f"{ORDERS[0]!r}, but kernel options ask for {config.warpgroups}, {config.q_tile} and "
             f"{config.order!r}."
+        )
+    if config.self_loading and config.warpgroups != 1:
+        raise NotImplementedError(
+            "a backward kernel whose consumer loads by itself has one warpgroup, but kernel options ask for "
+            f"{config.warpgroups}."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(

@@ -14,8 +14,9 @@ from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import capture_gradients, reductions, registers
+from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
-from flexjax.backends.mosaic_gpu.backward_schedule import Column
+from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import ROW
@@ -29,6 +30,23 @@ class Accumulators(NamedTuple):
     dv: Any
 
 
+class InRow(NamedTuple):
+    """A step of a column.
+
+    Attributes:
+        b, h: batch row and query head.
+        number: of the step among theirs.
+        steps: all of theirs.
+    """
+
+    b: Any
+    h: Any
+    number: Any
+    steps: Steps
+
+
+# The first query of the step that takes over a stage, and whether there is one; None with a producer.
+Following = tuple[Any, Any] | None
 Sums = tuple[Any, ...]  # by key, one for every load of kind KEYS
 
 
@@ -55,6 +73,8 @@ class Consumer:
     def run(self, cta: Any) -> None:
         kernel, buffers = self.kernel, self.buffers
         column = kernel.schedule.column(cta)
+        if kernel.config.self_loading:
+            Copies(kernel, self.inputs, buffers).keys_and_values(column)
         # Every warpgroup reads all the keys, for its share of dQ.
         plgpu.barrier_wait(buffers.key_value_full)
 
@@ -86,10 +106,13 @@ class Consumer:
         def row(number: Any, begin: Any) -> Any:
             b, h = schedule.row(column, number)
             steps = schedule.steps(self.inputs.lists, column, b, h)
+            if self.kernel.config.self_loading:
+                self._start_loading(steps, begin, b, h)
 
             def step(masked: bool) -> Any:
                 def run(i: Any, sums: Sums) -> Sums:
-                    return self._step(begin + i, i, b, h, column, accumulators, sums, masked)
+                    where = InRow(b, h, i, steps)
+                    return self._step(begin + i, where, column, accumulators, sums, masked)
 
                 return run
 
@@ -120,6 +143,47 @@ class Consumer:
         free = self.buffers.query_free.at[self.kernel.stage(jnp.maximum(number, 0))]
         pl.when(condition)(lambda: plgpu.barrier_arrive(free))
 
+    def _start_loading(self, steps: Steps, begin: Any, b: Any, h: Any) -> None:
+        """Issues the copies of a row's first steps, where there is no producer."""
+        kernel, copies = self.kernel, Copies(self.kernel, self.inputs, self.buffers)
+        firsts = [steps.first_query(i) for i in range(kernel.config.stages)]
+        for i, first in enumerate(firsts):
+
+            @pl.when(i < steps.count)
+            def _(i: int = i, first: Any = first) -> None:
+                stage = kernel.stage(begin + i)
+                copies.queries(b, h, first, stage)
+                copies.cotangents(b, h, first, stage)
+
+    def _following(self, row: InRow) -> Following:
+        """What a step's stage is to hold next. Read early, it has arrived when the stage is free."""
+        if not self.kernel.config.self_loading:
+            return None
+        number = row.number + self.kernel.config.stages
+        return row.steps.first_query(number), number < row.steps.count
+
+    def _hand_back_step(self, stage: Any, place: Place, following: Following) -> None:
+        """Hands back the queries of a step; without a producer, to those that follow."""
+        self._hand_back(stage, place, following, self.buffers.query_free, Copies.queries)
+
+    def _hand_back_cotangents(self, stage: Any, place: Place, following: Following) -> None:
+        self._hand_back(stage, place, following, self.buffers.d_out_free, Copies.cotangents)
+
+    def _hand_back(
+        self, stage: Any, place: Place, following: Following, free: Any, copy: Callable[..., None]
+    ) -> None:
+        if following is None:
+            plgpu.barrier_arrive(free.at[stage])
+            return
+        first, wanted = following
+
+        @pl.when(wanted)
+        def _() -> None:
+            # The other warps of the warpgroup have to have read it, too.
+            plgpu.barrier_arrive(free.at[0])
+            plgpu.barrier_wait(free.at[0])
+            copy(Copies(self.kernel, self.inputs, self.buffers), place.b, place.h, first, stage)
+
     def _place(self, stage: Any, b: Any, h: Any, column: Column) -> tuple[Any, Place]:
         """(first query of a step, where its tile of scores lies)."""
         # The producer looked it up: lists and counts would take registers here.
@@ -132,9 +196,7 @@ class Consumer:
     def _step(
         self,
         number: Any,
-        in_row: Any,
-        b: Any,
-        h: Any,
+        row: InRow,
         column: Column,
         accumulators: Accumulators,
         sums: Sums,
@@ -143,11 +205,12 @@ class Consumer:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
+        following = self._following(row)
         plgpu.barrier_wait(buffers.query_full.at[stage])
-        first_query, place = self._place(stage, b, h, column)
+        first_query, place = self._place(stage, row.b, row.h, column)
         scored = None
         if config.rolling:
-            scored = functools.partial(self._hand_back_queries, number - 1, in_row > 0)
+            scored = functools.partial(self._hand_back_queries, number - 1, row.number > 0)
         p, cotangents = self._cotangents(stage, place, masked, scored)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
         own_ds = buffers.ds.at[ds_stage, self._slot]
@@ -167,7 +230,7 @@ class Consumer:
         elif kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if self._dk_first:
-            self._finish_step(stage, ds_stage, place, first_query)
+            self._finish_step(stage, ds_stage, place, first_query, following)
             return sums
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
@@ -176,7 +239,7 @@ class Consumer:
             self._issue_dq(dq, part, ds_stage)
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
             result = plgpu.wgmma_accumulator_load(dq, wait_n=1)
-            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
+            self._hand_back_cotangents(stage, place, following)
             return result
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
@@ -184,16 +247,18 @@ class Consumer:
         self._add_to_dq(dq, part, place, first_query)
         if not config.rolling:
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+            self._hand_back_step(stage, place, following)
         return sums
 
-    def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
+    def _finish_step(
+        self, stage: Any, ds_stage: Any, place: Place, first_query: Any, following: Following
+    ) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
-        buffers, part = self.buffers, self._part
+        part = self._part
 
         def hand_back() -> None:
-            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+            self._hand_back_cotangents(stage, place, following)
+            self._hand_back_step(stage, place, following)
 
         if part is None:
             plgpu.wgmma_wait(0)

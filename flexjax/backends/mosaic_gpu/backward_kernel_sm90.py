@@ -66,7 +66,8 @@ class Buffers(NamedTuple):
         dq: every warpgroup's share of a tile of dQ, float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
         key_value_full: one barrier.
-        query_full, query_free, d_out_full, d_out_free: one barrier a stage.
+        query_full, d_out_full: one barrier a stage.
+        query_free, d_out_free: one barrier a stage; a single one where the consumer itself loads.
         ds_full: one barrier at which the consumers meet.
     """
 
@@ -141,7 +142,7 @@ class Kernel:
         config, dtype = self.config, self.problem.q_dtype
         dim, v_dim = (configs.padded_dim(d) for d in (self.problem.qk_dim, self.problem.v_dim))
         n, stages, q_tile = config.warpgroups, config.stages, config.q_tile
-        slots = config.key_slots
+        slots, freed = config.key_slots, 1 if config.self_loading else stages
         stats = plgpu.SMEM((stages, q_tile), jnp.float32)
         # Both operands of a matrix product must be swizzled alike: K and Q, dS and K.
         swizzle = configs.key_swizzle(config, dim)
@@ -158,9 +159,9 @@ class Kernel:
             p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
             key_value_full=barriers(1, 2 * slots),
             query_full=barriers(stages, 2),
-            query_free=barriers(stages, n),
+            query_free=barriers(freed, n),
             d_out_full=barriers(stages, 2),
-            d_out_free=barriers(stages, n),
+            d_out_free=barriers(freed, n),
             ds_full=barriers(1, n),
         )
 

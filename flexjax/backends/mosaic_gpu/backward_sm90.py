@@ -44,12 +44,12 @@ from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
+from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
-from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
-from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch, rows
+from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -114,7 +114,7 @@ def backward(
         outputs,
         kernel.buffers(),
         ctas=schedule.columns,
-        warpgroups=config.warpgroups + 1,
+        warpgroups=config.warpgroups + (not config.self_loading),
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
@@ -253,6 +253,9 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
         consumer = WideConsumer if kernel.config.wide else Consumer
         consumer(kernel, inputs, outputs, buffers, number).run(cta)
 
+    if kernel.config.self_loading:
+        consume(0)
+        return
     for number in range(consumers):
         pl.when(warpgroup == number)(functools.partial(consume, number))
 
@@ -272,24 +275,16 @@ class Producer:
     buffers: Buffers
 
     def run(self, cta: Any) -> None:
-        kernel, buffers, schedule = self.kernel, self.buffers, self.kernel.schedule
+        schedule = self.kernel.schedule
         column = schedule.column(cta)
-        for w in range(kernel.config.key_slots):
-            first = column.tile * kernel.config.kv_tile + w * WARPGROUP_ROWS
-            for source, target in (
-                (self.inputs.key, buffers.key),
-                (self.inputs.value, buffers.value),
-            ):
-                where = rows(kernel.problem, source, column.b, column.h, first, WARPGROUP_ROWS)
-                plgpu.copy_gmem_to_smem(where, target.at[w], buffers.key_value_full)
+        self._copies.keys_and_values(column)
 
         def row(number: Any, begin: Any) -> Any:
             b, h = schedule.row(column, number)
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def load(i: Any, _: Any) -> None:
-                first = pl.multiple_of(steps.first_query(i), kernel.config.q_tile)
-                self._load(begin + i, b, h, first)
+                self._load(begin + i, b, h, steps.first_query(i))
 
             lax.fori_loop(0, steps.count, load, None)
             return begin + steps.count
@@ -300,22 +295,20 @@ class Producer:
             end = lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
         self._drain(end)
 
+    @property
+    def _copies(self) -> Copies:
+        return Copies(self.kernel, self.inputs, self.buffers)
+
     def _load(self, step: Any, b: Any, h: Any, first: Any) -> None:
-        kernel, inputs, buffers = self.kernel, self.inputs, self.buffers
-        q_tile, stage = kernel.config.q_tile, kernel.stage(step)
-        for source, statistic, target, own, full, free in (
-            (inputs.query, inputs.lse, buffers.query, buffers.lse, buffers.query_full, buffers.query_free),
-            (inputs.d_out, inputs.delta, buffers.d_out, buffers.delta, buffers.d_out_full, buffers.d_out_free),
-        ):  # fmt: skip
+        buffers, copies = self.buffers, self._copies
+        stage = self.kernel.stage(step)
+        for copy, free in (
+            (copies.queries, buffers.query_free),
+            (copies.cotangents, buffers.d_out_free),
+        ):
             free_stage = free.at[stage]
-            pl.when(step >= kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
-            if source is inputs.query:
-                buffers.first_query[stage] = first
-            where = rows(kernel.problem, source, b, h, first, q_tile)
-            plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
-            plgpu.copy_gmem_to_smem(
-                statistic.at[b, h, pl.ds(first, q_tile)], own.at[stage], full.at[stage]
-            )
+            pl.when(step >= self.kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+            copy(b, h, first, stage)
 
     def _drain(self, end: Any) -> None:
         def wait(step: Any, _: Any) -> None:
