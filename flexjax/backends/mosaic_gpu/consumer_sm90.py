@@ -63,6 +63,10 @@ class Consumer:
         return self.buffers.query.at[self.warpgroup]
 
     @property
+    def _copies(self) -> Copies:
+        return Copies(self.kernel, self.inputs, self.buffers)
+
+    @property
     def _takes_turns(self) -> bool:
         return self.kernel.config.ping_pong and self.kernel.config.warpgroups > 1
 
@@ -127,9 +131,7 @@ class Consumer:
         # Read now, it has arrived when the stage is free again.
         upcoming = work.steps.first_key(number + kernel.config.stages)
         plgpu.barrier_wait(buffers.key_full.at[stage])
-        first_key = work.steps.first_key(number)
-        if buffers.first_key:  # a read of shared memory rather than of the lists
-            first_key = buffers.first_key[0][stage]
+        first_key = self._copies.first_key(work.steps, number, stage)
         if kernel.config.interpret:
             scores = self._raw_scores(stage)
             plgpu.barrier_wait(buffers.value_full.at[previous])
@@ -172,8 +174,7 @@ class Consumer:
 
     def _start_loading(self, work: Work) -> None:
         """Issues the copies of the queries and of the first steps, where there is no producer."""
-        kernel = self.kernel
-        copies = Copies(kernel, self.inputs, self.buffers)
+        kernel, copies = self.kernel, self._copies
         copies.query(work.position, self.warpgroup)
         firsts = [work.steps.first_key(i) for i in range(kernel.config.stages)]
         for stage, first_key in enumerate(firsts):
@@ -196,7 +197,7 @@ class Consumer:
             # The other warps of the warpgroup have to have read it, too.
             plgpu.barrier_arrive(buffers.key_free.at[0])
             plgpu.barrier_wait(buffers.key_free.at[0])
-            Copies(kernel, self.inputs, buffers).key(work.position, upcoming, stage)
+            self._copies.key(work.position, upcoming, stage)
 
     def _value_read(self, work: Work, number: Any) -> None:
         """The same for the values of a step; the keys of their successor are on their way already."""
@@ -210,10 +211,12 @@ class Consumer:
         def _() -> None:
             plgpu.barrier_arrive(buffers.value_free.at[0])
             plgpu.barrier_wait(buffers.value_free.at[0])
-            first_key = work.steps.first_key(number + kernel.config.stages)
-            if buffers.first_key:
-                first_key = buffers.first_key[0][stage]
-            Copies(kernel, self.inputs, buffers).value(work.position, first_key, stage)
+            following = number + kernel.config.stages
+            if kernel.config.stages > 1:
+                first_key = self._copies.first_key(work.steps, following, stage)
+            else:  # the keys have gone one further already
+                first_key = work.steps.first_key(following)
+            self._copies.value(work.position, first_key, stage)
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""

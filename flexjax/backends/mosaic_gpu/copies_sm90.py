@@ -7,11 +7,13 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
 
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
-from flexjax.backends.mosaic_gpu.schedule import TilePosition
+from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,20 @@ class Copies:
         )
 
     def key(self, position: TilePosition, first_key: Any, stage: Any) -> None:
-        """The keys of a step, and their first index."""
-        for ref in self.buffers.first_key:
-            ref[stage] = first_key
+        """The keys of a step, and which they are."""
+        for ref in self.buffers.kv_number:
+            ref[stage] = lax.div(first_key, jnp.int32(self.kernel.config.kv_tile))
         self._kv(
             position, first_key, stage, self.inputs.key, self.buffers.key, self.buffers.key_full
         )
+
+    def first_key(self, steps: Steps, number: Any, stage: Any) -> Any:
+        """The first key of a step whose keys have arrived, without asking the lists."""
+        if not self.buffers.kv_number:
+            return steps.first_key(number)
+        # The bounds, and the multiple, are for the compiler: masks get simpler by them.
+        tiles = self.kernel.schedule.listed_tiles
+        return jnp.clip(self.buffers.kv_number[0][stage], 0, tiles - 1) * self.kernel.config.kv_tile
 
     def value(self, position: TilePosition, first_key: Any, stage: Any) -> None:
         """The values of a step."""

@@ -45,7 +45,7 @@ class Buffers(NamedTuple):
         key, value: [stages, kv_tile, D or Dv].
         out: [warpgroups, 64, Dv], or empty where the output takes the queries' place.
         probabilities: [warpgroups, 64, kv_tile] in the interpreter, or empty.
-        first_key: int32 [stages], the first of the keys in a stage; empty without block lists.
+        kv_number: int32 [stages], which tile of keys a stage holds; empty without block lists.
         query_full, query_free: one barrier a warpgroup.
         key_full, value_full: one barrier a stage.
         key_free, value_free: one barrier a stage; a single one where the consumer itself loads.
@@ -56,7 +56,7 @@ class Buffers(NamedTuple):
     value: Any
     out: tuple[Any, ...]
     probabilities: tuple[Any, ...]
-    first_key: tuple[Any, ...]
+    kv_number: tuple[Any, ...]
     query_full: Any
     query_free: Any
     key_full: Any
@@ -117,7 +117,7 @@ class Kernel:
             value=tiles(dtype, stages, kv_tile, v_dim),
             out=(tiles(dtype, n, WARPGROUP_ROWS, v_dim),) if own_out else (),
             probabilities=(tiles(dtype, n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
-            first_key=(plgpu.SMEM((stages,), jnp.int32),) if self.problem.blocks else (),
+            kv_number=(plgpu.SMEM((stages,), jnp.int32),) if self.problem.blocks else (),
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),
