@@ -187,7 +187,10 @@ class Consumer:
     def _place(self, stage: Any, b: Any, h: Any, column: Column) -> tuple[Any, Place]:
         """(first query of a step, where its tile of scores lies)."""
         # The producer looked it up: lists and counts would take registers here.
-        first_query = pl.multiple_of(self.buffers.first_query[stage], self.kernel.config.q_tile)
+        # The bounds, and the multiple, are for the compiler: masks get simpler by them.
+        schedule, q_tile = self.kernel.schedule, self.kernel.config.q_tile
+        number = jnp.clip(self.buffers.q_number[stage], 0, schedule.padded_queries // q_tile - 1)
+        first_query = pl.multiple_of(number * q_tile, q_tile)
         key = column.tile * self.kernel.config.kv_tile + self._first_key
         return first_query, Place(b, h, self.kernel.schedule.inside(first_query), key)
 

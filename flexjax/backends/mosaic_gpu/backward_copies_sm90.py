@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
 
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel
 from flexjax.backends.mosaic_gpu.backward_schedule import Column
@@ -34,10 +36,10 @@ class Copies:
                 plgpu.copy_gmem_to_smem(where, target.at[w], buffers.key_value_full)
 
     def queries(self, b: Any, h: Any, first_query: Any, stage: Any) -> None:
-        """The queries of a step, their logsumexp and their first index."""
+        """The queries of a step, their logsumexp, and which they are."""
         buffers = self.buffers
         first = pl.multiple_of(first_query, self.kernel.config.q_tile)
-        buffers.first_query[stage] = first
+        buffers.q_number[stage] = lax.div(first_query, jnp.int32(self.kernel.config.q_tile))
         self._with_statistic(
             b, h, first, stage,
             (self.inputs.query, buffers.query), (self.inputs.lse, buffers.lse), buffers.query_full,

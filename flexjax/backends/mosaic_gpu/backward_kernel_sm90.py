@@ -61,7 +61,7 @@ class Buffers(NamedTuple):
         key, value: [slots, 64, D or Dv].
         query, d_out: [stages, q_tile, D or Dv].
         lse, delta: [stages, q_tile].
-        first_query: [stages]; int32.
+        q_number: int32 [stages], which tile of queries a stage holds.
         ds: [2, slots, 64, q_tile].
         dq: every warpgroup's share of a tile of dQ, float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
@@ -77,7 +77,7 @@ class Buffers(NamedTuple):
     d_out: Any
     lse: Any
     delta: Any
-    first_query: Any
+    q_number: Any
     ds: Any
     dq: tuple[Any, ...]
     p: tuple[Any, ...]
@@ -153,7 +153,7 @@ class Kernel:
             d_out=tiles(dtype, stages, q_tile, v_dim),
             lse=stats,
             delta=stats,
-            first_query=plgpu.SMEM((stages,), jnp.int32),
+            q_number=plgpu.SMEM((stages,), jnp.int32),
             ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
             dq=tuple(tiles(jnp.float32, p.rows, p.columns) for p in self.parts if p.columns),
             p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
