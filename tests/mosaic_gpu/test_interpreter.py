@@ -67,7 +67,8 @@ CASES = [
     Case("relative", q_len=64, kv_len=140, score=relative, options=ONE),
     Case("table", q_len=100, mask=causal, block=(64, 64), score=table, dim=32),
     Case("self_loading", q_len=130, kv_len=330, mask=document_like, block=(64, 64), dim=16, options=ALONE),
-    Case("self_loading_one_stage", q_len=64, kv_len=201, dim=16, options=ALONE | {"stages": 1}),
+    Case("self_loading_one_stage", q_len=64, kv_len=201, dim=16, mask=document_like, block=(64, 64),
+         options=ALONE | {"stages": 1}),
     Case("negative_scale", q_len=64, scale=-0.3, mask=causal, block=(64, 64), dim=32),
 ]  # fmt: skip
 

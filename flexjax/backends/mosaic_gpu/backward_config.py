@@ -7,7 +7,11 @@ import itertools
 from typing import NamedTuple
 
 from flexjax.backends.mosaic_gpu import config as forward_config
-from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.config import (
+    HALF_OF_SHARED_MEMORY,
+    SHARED_MEMORY,
+    WARPGROUP_ROWS,
+)
 from flexjax.problem import Problem
 
 Q_TILES = (128, 64)
@@ -170,7 +174,10 @@ def choose(problem: Problem) -> BackwardConfig:
         interpret=interpret,
         wide=wide,
         dq=_choose_dq(problem, interpret) if deterministic else None,
-        self_loading=problem.option("backward_self_loading", False),
+    )
+    alone = warpgroups == 1 and shared_memory(problem, config) <= HALF_OF_SHARED_MEMORY
+    config = dataclasses.replace(
+        config, self_loading=problem.option("backward_self_loading", alone)
     )
     plain = not (wide or deterministic or interpret) and warpgroups == 2
     if plain and config.order == "dq_first" and problem.mask is None:

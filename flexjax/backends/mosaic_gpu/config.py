@@ -10,6 +10,8 @@ from flexjax.problem import Problem
 WARPGROUP_ROWS = 64
 # Shared memory of a Hopper CTA, less what the barriers take.
 SHARED_MEMORY = 227 * 1024 - 1024
+# Shared memory of each of two CTAs that share a multiprocessor, less what the barriers take.
+HALF_OF_SHARED_MEMORY = 228 * 1024 // 2 - 2 * 1024
 # Streaming multiprocessors of an H100 SXM; used where the device is not at hand.
 CORES = 132
 
@@ -101,10 +103,10 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
     """
     interpret = problem.option("interpret", False)
     warpgroups = problem.option("warpgroups", _warpgroups(problem))
-    self_loading = problem.option("self_loading", False)
+    self_loading = problem.option("self_loading", _self_loading(problem, warpgroups))
     config = Config(
         warpgroups=warpgroups,
-        kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups)),
+        kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups, self_loading)),
         stages=4 if _narrow(problem) else 2,
         persistent=problem.option("persistent", _persistent(problem) and not self_loading),
         ping_pong=problem.option("ping_pong", True) and not interpret,
@@ -139,12 +141,19 @@ def _warpgroups(problem: Problem) -> int:
     return 1 if problem.blocks.geometry.q_block % (2 * WARPGROUP_ROWS) else 2
 
 
-def _kv_tile(problem: Problem, warpgroups: int) -> int:
-    """The widest tile that the registers hold and that divides the mask's blocks."""
-    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3
+def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
+    """The widest tile that the registers hold and that divides the mask's blocks; narrow where CTAs share them."""
+    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3 and not self_loading
     widest = 128 if roomy else 64
     block = widest if problem.blocks is None else problem.blocks.geometry.kv_block
     return next((n for n in KV_TILES if n <= widest and block % n == 0), KV_TILES[-1])
+
+
+def _self_loading(problem: Problem, warpgroups: int) -> bool:
+    """Whether the only consumer loads by itself: where several CTAs of such tiles fit in a multiprocessor."""
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    persistent = problem.option("persistent", False)
+    return problem.blocks is not None and warpgroups == 1 and not wide and not persistent
 
 
 def _persistent(problem: Problem) -> bool:

@@ -34,6 +34,10 @@ class Accumulation(NamedTuple):
     state: State
 
 
+# The first key of the step that takes over a stage, and whether there is one; None with a producer.
+Following = tuple[Any, Any] | None
+
+
 class Work(NamedTuple):
     """A tile.
 
@@ -94,7 +98,7 @@ class Consumer:
         stage = kernel.stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = self._raw_scores(stage)
-        self._key_read(work, jnp.int32(0), steps.first_key(kernel.config.stages))
+        self._key_read(work, 0, self._following(work, 0))
         scores = self._scores(scores, position, first_key, masked=True)
         scores = self._hide(scores, allowed, first_key)
         state = kernel.softmax.start(WARPGROUP_ROWS)
@@ -128,15 +132,14 @@ class Consumer:
         position = work.position
         stage = kernel.stage(work.begin + number)
         previous = kernel.stage(work.begin + number - 1)
-        # Read now, it has arrived when the stage is free again.
-        upcoming = work.steps.first_key(number + kernel.config.stages)
+        following = self._following(work, number)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         first_key = self._copies.first_key(work.steps, number, stage)
         if kernel.config.interpret:
             scores = self._raw_scores(stage)
             plgpu.barrier_wait(buffers.value_full.at[previous])
             out = self._add_product(carry.out, carry.p, previous)
-            self._key_read(work, number, upcoming)
+            self._key_read(work, number, following)
             scores = self._scores(scores, position, first_key, masked)
             if masked:
                 scores = self._hide(scores, self._allowed(position, first_key), first_key)
@@ -150,14 +153,14 @@ class Consumer:
             registers.wait_for_turn(self.warpgroup)
         scores, out = self._issue_products(carry, stage, previous)
         if self._takes_turns:
-            following = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
-            registers.give_turn_to(following)
+            neighbour = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
+            registers.give_turn_to(neighbour)
         early = masked and kernel.mask_loads
         allowed = self._allowed(position, first_key) if early else None
         plgpu.wgmma_wait(1)
         # The optimization barriers tie values to the waits, which they do not depend on otherwise.
         scores = lax.optimization_barrier(scores)
-        self._key_read(work, number, upcoming)
+        self._key_read(work, number, following)
         scores = self._scores(scores, position, first_key, masked)
         if masked:
             allowed = allowed if early else self._allowed(position, first_key)
@@ -184,37 +187,44 @@ class Consumer:
                 copies.key(work.position, first_key, stage)
                 copies.value(work.position, first_key, stage)
 
-    def _key_read(self, work: Work, number: Any, upcoming: Any) -> None:
-        """Gives the stage of a step's keys away; without a producer, to the keys from `upcoming` on."""
-        kernel, buffers = self.kernel, self.buffers
-        stage = kernel.stage(work.begin + number)
-        if not kernel.config.self_loading:
+    def _following(self, work: Work, number: Any) -> Following:
+        """What is to take over the stage of a step. Read early, it has arrived when the stage is free."""
+        config = self.kernel.config
+        if not config.self_loading:
+            return None
+        number = number + config.stages
+        return work.steps.first_key(number), number < work.steps.computed
+
+    def _key_read(self, work: Work, number: Any, following: Following) -> None:
+        """Gives away the stage of a step's keys; without a producer, to the keys that follow."""
+        buffers, stage = self.buffers, self.kernel.stage(work.begin + number)
+        if following is None:
             plgpu.barrier_arrive(buffers.key_free.at[stage])
             return
+        first_key, wanted = following
 
-        @pl.when(number + kernel.config.stages < work.steps.computed)
+        @pl.when(wanted)
         def _() -> None:
             # The other warps of the warpgroup have to have read it, too.
             plgpu.barrier_arrive(buffers.key_free.at[0])
             plgpu.barrier_wait(buffers.key_free.at[0])
-            self._copies.key(work.position, upcoming, stage)
+            self._copies.key(work.position, first_key, stage)
 
     def _value_read(self, work: Work, number: Any) -> None:
-        """The same for the values of a step; the keys of their successor are on their way already."""
-        kernel, buffers = self.kernel, self.buffers
-        stage = kernel.stage(work.begin + number)
-        if not kernel.config.self_loading:
+        """The same for the values of a step."""
+        buffers, config = self.buffers, self.kernel.config
+        stage, following = self.kernel.stage(work.begin + number), number + config.stages
+        if not config.self_loading:
             plgpu.barrier_arrive(buffers.value_free.at[stage])
             return
 
-        @pl.when(number + kernel.config.stages < work.steps.computed)
+        @pl.when(following < work.steps.computed)
         def _() -> None:
             plgpu.barrier_arrive(buffers.value_free.at[0])
             plgpu.barrier_wait(buffers.value_free.at[0])
-            following = number + kernel.config.stages
-            if kernel.config.stages > 1:
+            if config.stages > 1:  # their keys are on their way, so that the stage knows them
                 first_key = self._copies.first_key(work.steps, following, stage)
-            else:  # the keys have gone one further already
+            else:
                 first_key = work.steps.first_key(following)
             self._copies.value(work.position, first_key, stage)
 
