@@ -187,9 +187,10 @@ class Consumer:
     def _place(self, stage: Any, b: Any, h: Any, column: Column) -> tuple[Any, Place]:
         """(first query of a step, where its tile of scores lies)."""
         # The producer looked it up: lists and counts would take registers here.
-        # The bounds, and the multiple, are for the compiler: masks get simpler by them.
-        schedule, q_tile = self.kernel.schedule, self.kernel.config.q_tile
-        number = jnp.clip(self.buffers.q_number[stage], 0, schedule.padded_queries // q_tile - 1)
+        q_tile, number = self.kernel.config.q_tile, self.buffers.q_number[stage]
+        if self.kernel.problem.mask is not None:  # which gets simpler if the compiler knows bounds
+            last = self.kernel.schedule.padded_queries // q_tile - 1
+            number = jnp.clip(number, 0, last)
         first_query = pl.multiple_of(number * q_tile, q_tile)
         key = column.tile * self.kernel.config.kv_tile + self._first_key
         return first_query, Place(b, h, self.kernel.schedule.inside(first_query), key)
