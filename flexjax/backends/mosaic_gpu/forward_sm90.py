@@ -15,6 +15,10 @@ so that the matrix products of a warpgroup run under its own softmax, and the wa
 (FlashAttention-3, arXiv:2407.08608). Masked steps come before the others; schedule.py says which steps
 there are, softmax.py how P is computed.
 
+Blocks of 64 queries leave work for one consumer only. It then issues the copies itself, into a stage as soon as it
+has read it, and needs so few registers and so little shared memory that two or three CTAs share a multiprocessor:
+one computes while another starts, waits for keys or stores, which is what rows of few blocks are made of.
+
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `_drain`. A tile without
 steps computes one step on some block and drops the result by selection.
 """
