@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients, reductions, registers
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_tiles, reductions, registers
 from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
@@ -79,7 +79,7 @@ class Consumer:
         plgpu.barrier_wait(buffers.key_value_full)
 
         def accumulate(dk: Any, dv: Any) -> tuple[Any, Any]:
-            self._column(column, Accumulators(dk, dv))
+            self._walk(column, Accumulators(dk, dv))
             return dk[...], dv[...]
 
         dims = (x.shape[-1] for x in (buffers.key, buffers.value))
@@ -100,7 +100,12 @@ class Consumer:
         """References to the sums by key that this warpgroup computes."""
         return self.outputs.key_sums
 
-    def _column(self, column: Column, accumulators: Accumulators) -> None:
+    def _walk(self, column: Column, accumulators: Accumulators) -> None:
+        """All steps of the column."""
+        self._column(column, accumulators)
+
+    def _column(self, column: Column, accumulators: Accumulators) -> Any:
+        """Takes the steps; returns how many there were."""
         schedule = self.kernel.schedule
 
         def row(number: Any, begin: Any) -> Any:
@@ -130,9 +135,8 @@ class Consumer:
             return begin + steps.count
 
         if schedule.rows == 1:
-            row(jnp.int32(0), jnp.int32(0))
-        else:
-            lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+            return row(jnp.int32(0), jnp.int32(0))
+        return lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
 
     @property
     def _dk_first(self) -> bool:
@@ -234,7 +238,7 @@ class Consumer:
         elif kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if self._dk_first:
-            self._finish_step(stage, ds_stage, place, first_query, following)
+            self._finish_step(stage, ds_stage, column.tile, place, first_query, following)
             return sums
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
@@ -247,15 +251,20 @@ class Consumer:
             return result
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self._add_to_dq(dq, part, place, first_query)
+        self._add_to_dq(dq, part, column.tile, kernel.row_of(place.b, place.h, first_query))
         if not config.rolling:
             plgpu.wgmma_wait(0)
             self._hand_back_step(stage, place, following)
         return sums
 
     def _finish_step(
-        self, stage: Any, ds_stage: Any, place: Place, first_query: Any, following: Following
+        self,
+        stage: Any,
+        ds_stage: Any,
+        kv_tile: Any,
+        place: Place,
+        first_query: Any,
+        following: Following,
     ) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
         part = self._part
@@ -271,13 +280,12 @@ class Consumer:
 
         def product(dq: Any) -> Any:
             count = self._issue_dq(dq, part, ds_stage)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.wgmma_wait(count)
             hand_back()
             return dq[...]
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        self._add_to_dq(dq, part, place, first_query)
+        self._add_to_dq(dq, part, kv_tile, self.kernel.row_of(place.b, place.h, first_query))
 
     def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
         """Issues a warpgroup's share of dS K; returns the number of products."""
@@ -341,18 +349,30 @@ class Consumer:
             operand = staged
         plgpu.wgmma(accumulator, operand, other)
 
-    def _add_to_dq(self, dq: Any, part: configs.Part, place: Place, first_query: Any) -> None:
-        """Adds a share of dQ in global memory. The copy of the step before must have left the buffer."""
-        problem, interpret = self.kernel.problem, self.kernel.config.interpret
-        buffer = self.buffers.dq[self.warpgroup]
+    def _add_to_dq(
+        self, dq: Any, part: configs.Part, kv_tile: Any, row: Any, publish: bool = False
+    ) -> None:
+        """Adds a share of dQ in global memory.
+
+        Args:
+            dq: the share.
+            part: which share it is.
+            kv_tile: number of the column's tile of keys.
+            row: the step's first row of dQ, see `Kernel.row_of`.
+            publish: see `dq_tiles.add`.
+        """
+        kernel, buffer = self.kernel, self.buffers.dq[self.warpgroup]
+        (target,) = self.inputs.dq
+        if not kernel.config.interpret:
+            dim = configs.padded_dim(kernel.problem.qk_dim)
+            dq_tiles.add(target, buffer, dq, row + part.row, part.column, dim, publish)
+            return
+        # The interpreter has no reductions: every tile of keys has a dQ of its own.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = dq
         plgpu.commit_smem()
-        (target,) = self.inputs.dq
-        if interpret:  # which has no reductions: every tile of keys has a dQ of its own
-            target = target.at[lax.div(place.key, jnp.int32(self.kernel.config.kv_tile))]
-        columns = pl.ds(part.column, part.columns)
-        target = rows(problem, target, place.b, place.h, first_query + part.row, part.rows, columns)
-        plgpu.copy_smem_to_gmem(buffer, target, reduction_op=None if interpret else "add")
+        where = pl.ds(row + part.row, part.rows), pl.ds(part.column, part.columns)
+        plgpu.copy_smem_to_gmem(buffer, target.at[(kv_tile, *where)])
 
     # -- captured arrays ------------------------------------------------------------------------
 
@@ -404,7 +424,7 @@ class Consumer:
             plgpu.barrier_wait(self.buffers.ds_full)
         scaled = dk * self.kernel.problem.scale
         self._store_tile(column, scaled, self.buffers.key, self.outputs.dk)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
         problem, staged = self.kernel.problem, buffer.at[self._slot]

@@ -29,7 +29,8 @@ class Inputs(NamedTuple):
             D of the derivation.
         lists: the transposed block lists.
         score_captures, mask_captures: what the mods read.
-        dq: dQ without the scale, in the problem's layout; empty where another kernel computes it.
+        dq: dQ without the scale, of the rows of `Kernel.row_of`, as dq_tiles.py has it; empty where another kernel
+            computes it. In the interpreter [tiles of keys, rows, D].
         sums: one flat array for every load whose gradient is added in global memory.
     """
 
@@ -62,8 +63,9 @@ class Buffers(NamedTuple):
         query, d_out: [stages, q_tile, D or Dv].
         lse, delta: [stages, q_tile].
         q_number: int32 [stages], which tile of queries a stage holds.
+        dq_row: first row of dQ of the last steps, [`Kernel.dq_rows`]; int32, or empty.
         ds: [2, slots, 64, q_tile].
-        dq: every warpgroup's share of a tile of dQ, float32.
+        dq: every warpgroup's share of a tile of dQ, flat; float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
         key_value_full: one barrier.
         query_full, d_out_full: one barrier a stage.
@@ -78,6 +80,7 @@ class Buffers(NamedTuple):
     lse: Any
     delta: Any
     q_number: Any
+    dq_row: tuple[Any, ...]
     ds: Any
     dq: tuple[Any, ...]
     p: tuple[Any, ...]
@@ -154,8 +157,9 @@ class Kernel:
             lse=stats,
             delta=stats,
             q_number=plgpu.SMEM((stages,), jnp.int32),
+            dq_row=(plgpu.SMEM((self.dq_rows,), jnp.int32),) if config.deferred else (),
             ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
-            dq=tuple(tiles(jnp.float32, p.rows, p.columns) for p in self.parts if p.columns),
+            dq=tuple(self._dq_buffer(p) for p in self.parts if p.columns),
             p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
             key_value_full=barriers(1, 2 * slots),
             query_full=barriers(stages, 2),
@@ -164,6 +168,20 @@ class Kernel:
             d_out_free=barriers(freed, n),
             ds_full=barriers(1, n),
         )
+
+    def _dq_buffer(self, part: configs.Part) -> Any:
+        if self.config.interpret:
+            return tiles(jnp.float32, part.rows, part.columns)
+        return plgpu.SMEM((part.rows * part.columns,), jnp.float32)
+
+    def row_of(self, b: Any, h: Any, query: Any) -> Any:
+        """Row of dQ: those of all heads and batch rows lie one after another."""
+        return (b * self.problem.q_heads + h) * self.schedule.padded_queries + query
+
+    @property
+    def dq_rows(self) -> int:
+        """How many steps' rows of dQ are kept: also that of the step before those in flight."""
+        return self.config.stages + 2
 
     def stage(self, step: Any) -> Any:
         """The stage of a step, counted over all steps of the CTA."""

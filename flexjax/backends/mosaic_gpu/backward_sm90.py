@@ -15,6 +15,9 @@ operand:
         dQ tile = dS K         each warpgroup its share (backward_config.Part)
         dQ += dQ tile          added in global memory, in float32, by TMA
 
+With wide tiles of queries the dQ of a step is left to the next one (backward_deferred_sm90.py). The sums of dQ in
+global memory are in an order of their own (dq_tiles.py).
+
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
 rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
 need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
@@ -42,10 +45,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90, dq_tiles
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
+from flexjax.backends.mosaic_gpu.backward_deferred_sm90 import DeferredConsumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
@@ -123,10 +127,7 @@ def backward(
     if config.deterministic:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
     else:
-        dq = inputs.dq[0][...]
-        if config.interpret:
-            dq = dq.sum(0)
-        dq = (dq * problem.scale).astype(problem.q_dtype)
+        dq = _finished_dq(kernel, inputs.dq[0][...])
     dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
     dk, dv = (
         lax.slice_in_dim(x, 0, problem.kv_len, axis=q_axis)[..., :dim]
@@ -207,17 +208,18 @@ def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
     problem, schedule = kernel.problem, kernel.schedule
     if not kernel.parts:
         return ()
-    shape = [
-        problem.batch,
-        problem.q_heads,
-        schedule.padded_queries,
-        configs.padded_dim(problem.qk_dim),
-    ]
-    if problem.layout == BLHD:
-        shape[1], shape[2] = shape[2], shape[1]
-    if kernel.config.interpret:
-        shape.insert(0, schedule.kv_tiles)
+    rows = problem.batch * problem.q_heads * schedule.padded_queries
+    dim = configs.padded_dim(problem.qk_dim)
+    shape = (schedule.kv_tiles, rows, dim) if kernel.config.interpret else (rows * dim,)
     return (jnp.zeros(shape, jnp.float32),)
+
+
+def _finished_dq(kernel: Kernel, sums: Any) -> Any:
+    """The padded dQ in the queries' dtype and layout, from what the kernel added up."""
+    problem, dim = kernel.problem, configs.padded_dim(kernel.problem.qk_dim)
+    dq = sums.sum(0) if kernel.config.interpret else dq_tiles.in_order(sums, dim)
+    dq = dq.reshape(problem.batch, problem.q_heads, -1, dim)
+    return (heads_first(dq, problem.layout) * problem.scale).astype(problem.q_dtype)
 
 
 def _zero_sum(kernel: Kernel, load: capture_gradients.Load) -> Any:
@@ -252,6 +254,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
         if limits is not None:
             plgpu.set_max_registers(limits[0], action="increase")
         consumer = WideConsumer if kernel.config.wide else Consumer
+        consumer = DeferredConsumer if kernel.config.deferred else consumer
         consumer(kernel, inputs, outputs, buffers, number).run(cta)
 
     if kernel.config.self_loading:
@@ -309,7 +312,15 @@ class Producer:
         ):
             free_stage = free.at[stage]
             pl.when(step >= self.kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+            if free is buffers.query_free:
+                self._keep_row_of_dq(step, b, h, first)
             copy(b, h, first, stage)
+
+    def _keep_row_of_dq(self, step: Any, b: Any, h: Any, first: Any) -> None:
+        for last_rows in self.buffers.dq_row:
+            last_rows[lax.rem(step, jnp.int32(self.kernel.dq_rows))] = self.kernel.row_of(
+                b, h, first
+            )
 
     def _drain(self, end: Any) -> None:
         def wait(step: Any, _: Any) -> None:

@@ -98,7 +98,7 @@ class WideConsumer(Consumer):
             sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
-        self._finish_step(stage, ds_stage, place, first_query, self._following(row))
+        self._finish_step(stage, ds_stage, column.tile, place, first_query, self._following(row))
         return sums
 
     def _probabilities(self, stage: Any, place: Place, masked: bool) -> Any:
