@@ -32,7 +32,7 @@ _WARP_ROWS = 16
 _COLUMNS = 8  # that a warp stores at a time, of all its rows
 
 
-def in_order(sums: jax.Array, dim: int) -> jax.Array:
+def in_order(sums: Any, dim: int) -> Any:
     """[rows, dim] from the sums, [rows * dim]."""
     tiles = sums.reshape(-1, 4, dim // _COLUMNS, 8, 4, 2, 2)
     return tiles.transpose(0, 1, 5, 3, 2, 4, 6).reshape(-1, dim)
