@@ -77,6 +77,7 @@ LAYOUTS = {
     "tiles, narrow keys shifted": Layout((128, 64), (8, 16), (4, 16), (2, 6)),
     "squares 128x64": Layout((128, 64), (8, 8)),
     "squares 64x64": Layout((64, 64), (8, 8)),
+    "strips 64x64, keys shifted": Layout((64, 64), (4, 16), (4, 16), (2, 6)),
     "morton 64x64": Layout((64, 64), morton=True),
     "morton 128x128": Layout((128, 128), morton=True),
 }

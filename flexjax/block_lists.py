@@ -25,7 +25,7 @@ from flexjax import _compat
 EMPTY, PARTIAL, FULL, OPEN = np.int8(0), np.int8(1), np.int8(2), np.int8(3)
 
 # Lists are made for groups of rows of at most this many blocks, whose intermediate results take a few megabytes.
-_GROUP = 1 << 18
+_GROUP = 1 << 17
 
 
 def cdiv(a: int, b: int) -> int:

@@ -43,6 +43,8 @@ def run_program(
         memrefs = [ir.MemRefType.get(c.shape, _element_type(c.dtype)) for c in captures]
         types = [i32] * len(scalars) + [pair] * registers + memrefs
         module = ir.Module.create()
+        for part, number in (("major", 9), ("minor", 0)):
+            module.operation.attributes[f"mosaic_gpu.arch_{part}"] = ir.IntegerAttr.get(i32, number)
         with ir.InsertionPoint(module.body):
             function = func.FuncOp("program", (types, []))
         block = function.add_entry_block()
@@ -166,6 +168,9 @@ _ASM = {
     "cvt.rzi.s32.f32": _saturate(np.int32),
     "cvt.rzi.u32.f32": _saturate(np.uint32),
 }
+
+# Assembly that orders what threads and copies do, which here happens at once.
+_ORDERING = ("bar.sync", "cp.async.bulk.wait_group", "cp.async.bulk.commit_group")
 
 _MATH = {
     "absf": np.abs,
@@ -348,15 +353,54 @@ class _Machine:
         if name == "inline_asm" and "red." in str(op.attributes["asm_string"]):
             self._reduce(str(op.attributes["asm_string"]), *args)
             return None
+        if name == "inline_asm" and "cp.reduce" in str(op.attributes["asm_string"]):
+            self._reduce_copy(*args)
+            return None
+        if name == "inline_asm" and any(s in str(op.attributes["asm_string"]) for s in _ORDERING):
+            return None
         if name == "inline_asm":
             return _ASM[str(op.attributes["asm_string"]).strip('"').split()[0]](*args)
+        if name == "store":
+            self._store(*args)
+            return None
         assert name == "load", name
         return self._load(args[0], _numpy_type(op.results[0].type), op)
 
-    def _nvvm(self, name: str, op: Any, args: list[np.ndarray]) -> np.ndarray:
+    def _nvvm(self, name: str, op: Any, args: list[np.ndarray]) -> np.ndarray | None:
+        if name in ("bar.warp.sync", "fence.proxy"):
+            return None
+        if name == "elect.sync":
+            return np.arange(THREADS) % 32 == 0
         assert name == "shfl.sync", name
+        if "idx" in str(op.attributes["kind"]):
+            return _of_lanes(args[1], args[2])
         assert "bfly" in str(op), op
         return _of_lanes(args[1], np.arange(THREADS) % 32 ^ args[2])
+
+    def _buffer(self, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The one array of float32 numbers that all pointers lie in, flat, and the offsets in it."""
+        number, offset = pointers // _BUFFER - 1, pointers % _BUFFER
+        assert (number == number[0]).all(), "an access left its array"
+        data = self.buffers[number[0]].reshape(-1)
+        assert data.dtype == np.float32
+        return data, offset // 4
+
+    def _store(self, values: np.ndarray, pointers: np.ndarray) -> None:
+        """Stores vectors of float32 numbers, aligned to their size."""
+        data, offset = self._buffer(pointers)
+        assert (offset % len(values) == 0).all(), "a store is not aligned"
+        for i, value in enumerate(values):
+            data[offset + i] = value
+
+    def _reduce_copy(self, elected: Any, targets: Any, sources: Any, size: Any, *_: Any) -> None:
+        """Adds float32 numbers that lie together in shared memory to others in global memory."""
+        (target, to), (source, start) = self._buffer(targets), self._buffer(sources)
+        for thread in np.flatnonzero(elected):
+            assert to[thread] % 4 == 0, "a copy is not aligned"
+            assert start[thread] % 4 == 0, "a copy is not aligned"
+            count = size[thread] // 4
+            part = source[start[thread] : start[thread] + count]
+            target[to[thread] : to[thread] + count] += part
 
     def _reduce(self, code: str, pointers: np.ndarray, *values: np.ndarray) -> None:
         """Adds float32 numbers in memory; the assembly may leave out zeros."""

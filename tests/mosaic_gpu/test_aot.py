@@ -38,7 +38,7 @@ SPILL_BUDGETS = {
     "backward_soft_cap_d128": 400,
     "backward_alibi_d128": 1100,
     "backward_table_d128": 400,
-    "backward_bias_d128": 64,
+    "backward_bias_d128": 128,
     "backward_vectors_d128": 3500,
     "backward_causal_d64": 256,
     "backward_soft_cap_d64": 560,

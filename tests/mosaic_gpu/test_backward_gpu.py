@@ -251,8 +251,28 @@ DETERMINED = [
     GradientCase("deterministic_empty_rows", mask=some_empty_rows, q_len=600, options=DETERMINISTIC),
 ]  # fmt: skip
 
+ALONE = {"backward_warpgroups": 1, "backward_self_loading": True}
+SELF_LOADING = [
+    GradientCase("self_loading", mask=some_empty_rows, block=(64, 64), q_len=600, kv_len=500, heads=4, kv_heads=2,
+                 layout="BLHD", options=ALONE),
+    GradientCase("self_loading_d128", mask=document, block=(64, 64), q_len=500, heads=2, dim=128, options=ALONE),
+    GradientCase("self_loading_captures", score=everything, captures=random((2,), (2, 290), (2, 290), (600,)),
+                 q_len=290, heads=2, mask=causal, block=(64, 64), options=ALONE),
+]  # fmt: skip
 
-@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *CAPTURES, *OVERLAPPED, *OPTIONS, *DETERMINED)
+
+@cases(
+    *LENGTHS,
+    *HEADS,
+    *DIMS,
+    *BLOCKS,
+    *SCORES,
+    *CAPTURES,
+    *OVERLAPPED,
+    *OPTIONS,
+    *DETERMINED,
+    *SELF_LOADING,
+)
 def test_backward(case):
     check_gradients(case)
 

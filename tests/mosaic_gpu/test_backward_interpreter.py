@@ -78,6 +78,8 @@ CASES = [
     GradientCase("documents_d80", q_len=130, mask=document, dim=80, v_dim=96),
     GradientCase("empty_rows_and_columns", q_len=130, mask=some_empty_rows, dim=16, block=(64, 64),
                  cotangents_of_lse=True),
+    GradientCase("self_loading", q_len=140, kv_len=70, heads=2, kv_heads=1, mask=some_empty_rows, dim=16,
+                 block=(64, 64), options={"backward_self_loading": True, "backward_stages": 2}),
     GradientCase("soft_cap_float16", q_len=64, dtype="float16", score=scores.soft_cap(2.0), dim=32),
     GradientCase("not_finite_where_masked", q_len=69, mask=causal, score=not_finite_where_masked,
                  exact_score=finite, dim=16, block=(64, 64)),

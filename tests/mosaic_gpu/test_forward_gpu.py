@@ -226,6 +226,17 @@ OPTIONS = [
     Case("options_warpgroups_3_no_mask", q_len=700, options={"warpgroups": 3, "kv_tile": 64}),
 ]  # fmt: skip
 
+ALONE = {"warpgroups": 1, "self_loading": True}
+SELF_LOADING = [
+    Case("self_loading", mask=masks.sliding_window(300, 0), block=(64, 64), q_len=900, heads=4, kv_heads=2,
+         edit_mask=with_garbage, layout="BLHD", options=ALONE),
+    Case("self_loading_documents", mask=document, block=(64, 128), q_len=1007, heads=2, dim=128, options=ALONE),
+    Case("self_loading_d256", mask=causal, block=(64, 64), q_len=500, dim=256, options=ALONE),
+    Case("self_loading_no_mask", q_len=333, kv_len=1003, batch=2, dtype="float16", score=relative, options=ALONE),
+    Case("self_loading_empty_rows", mask=some_empty_rows, block=(64, 64), q_len=600, max_scores=True,
+         options=ALONE | {"stages": 1}),
+]  # fmt: skip
+
 LAYOUTS = [
     Case("blhd", layout="BLHD", heads=3, batch=2, q_len=300, mask=causal),
     Case(
@@ -234,7 +245,7 @@ LAYOUTS = [
 ]
 
 
-@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *OPTIONS, *LAYOUTS)
+@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *OPTIONS, *SELF_LOADING, *LAYOUTS)
 def test_forward(case):
     check(case)
 

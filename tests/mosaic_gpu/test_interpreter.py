@@ -20,6 +20,11 @@ def document(b, h, q_idx, kv_idx):
     return (ids[q_idx] == ids[kv_idx]) & (q_idx >= kv_idx)
 
 
+def document_like(b, h, q_idx, kv_idx):
+    """Rows of one to five blocks, and one without any."""
+    return (kv_idx <= 3 * q_idx) & (q_idx < 128)
+
+
 def by_batch_and_head(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx + 20 * b + 40 * h
 
@@ -43,6 +48,7 @@ def by_indices(score, b, h, q_idx, kv_idx):
 
 
 ONE = {"warpgroups": 1}
+ALONE = ONE | {"self_loading": True, "stages": 2}
 
 CASES = [
     Case("noop_two_warpgroups", q_len=128, options={"warpgroups": 2}),
@@ -60,6 +66,9 @@ CASES = [
     Case("float16", q_len=64, kv_len=130, dtype="float16", score=scores.soft_cap(2.0), options=ONE),
     Case("relative", q_len=64, kv_len=140, score=relative, options=ONE),
     Case("table", q_len=100, mask=causal, block=(64, 64), score=table, dim=32),
+    Case("self_loading", q_len=130, kv_len=330, mask=document_like, block=(64, 64), dim=16, options=ALONE),
+    Case("self_loading_one_stage", q_len=64, kv_len=201, dim=16, mask=document_like, block=(64, 64),
+         options=ALONE | {"stages": 1}),
     Case("negative_scale", q_len=64, scale=-0.3, mask=causal, block=(64, 64), dim=32),
 ]  # fmt: skip
 

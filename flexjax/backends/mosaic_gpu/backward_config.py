@@ -7,7 +7,11 @@ import itertools
 from typing import NamedTuple
 
 from flexjax.backends.mosaic_gpu import config as forward_config
-from flexjax.backends.mosaic_gpu.config import SHARED_MEMORY, WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.config import (
+    HALF_OF_SHARED_MEMORY,
+    SHARED_MEMORY,
+    WARPGROUP_ROWS,
+)
 from flexjax.problem import Problem
 
 Q_TILES = (128, 64)
@@ -45,12 +49,15 @@ class BackwardConfig:
         order: "dk_first" or "dq_first": which product is issued first once dS is known.
         rolling: a step begins while the last product of the one before is under way, and the warpgroups meet at
             one barrier a step. Measured 3% faster without a mask; masks leave no registers for it.
+        deferred: dQ of a step is computed in the next one (see backward_deferred_sm90.py).
         deterministic: dQ comes from a kernel of its own (see dq_sm90.py) and nothing is added in an order that
             changes from run to run.
         approx_math: approximate transcendental functions in the mods.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
         wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
         dq: configuration of the kernel for dQ, where `deterministic`.
+        self_loading: the only consumer issues the copies too, without a producer: two CTAs then share a
+            multiprocessor.
     """
 
     warpgroups: int
@@ -58,11 +65,13 @@ class BackwardConfig:
     stages: int
     order: str = "dk_first"
     rolling: bool = False
+    deferred: bool = False
     deterministic: bool = False
     approx_math: bool = True
     interpret: bool = False
     wide: bool = False
     dq: forward_config.Config | None = None
+    self_loading: bool = False
 
     @property
     def key_slots(self) -> int:
@@ -81,6 +90,8 @@ OPTIONS = {
     "backward_q_tile": int,
     "backward_stages": int,
     "backward_order": str,
+    "backward_self_loading": bool,
+    "backward_deferred": bool,
 }
 
 
@@ -167,8 +178,17 @@ def choose(problem: Problem) -> BackwardConfig:
         wide=wide,
         dq=_choose_dq(problem, interpret) if deterministic else None,
     )
+    alone = warpgroups == 1 and shared_memory(problem, config) <= HALF_OF_SHARED_MEMORY
+    config = dataclasses.replace(
+        config, self_loading=problem.option("backward_self_loading", alone)
+    )
+    # Measured: 5 to 10% faster with wide tiles of queries, where exponentials are a larger part of the work. For
+    # sums of what the mod reads there are no registers left.
+    wide_tiles = by_rows(config) and not (wide or deterministic) and not _has_sums(problem)
+    deferred = problem.option("backward_deferred", wide_tiles)
+    config = dataclasses.replace(config, deferred=deferred)
     plain = not (wide or deterministic or interpret) and warpgroups == 2
-    if plain and config.order == "dq_first" and problem.mask is None:
+    if plain and config.order == "dq_first" and problem.mask is None and not config.deferred:
         ends_whole = problem.kv_len % config.kv_tile == 0  # or the last keys' steps are masked ones
         config = dataclasses.replace(config, rolling=ends_whole)
     stages = problem.option("backward_stages", None)
@@ -177,6 +197,12 @@ def choose(problem: Problem) -> BackwardConfig:
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
+
+
+def _has_sums(problem: Problem) -> bool:
+    """Whether what the score_mod reads has gradients."""
+    score = problem.score
+    return score is not None and score.gradient is not None and bool(score.gradient.loads)
 
 
 def _few_derivatives(problem: Problem) -> bool:
@@ -219,6 +245,17 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "head dimensions above 128 take two warpgroups, 64 queries a step and the order "
             f"{ORDERS[0]!r}, but kernel options ask for {config.warpgroups}, {config.q_tile} and "
             f"{config.order!r}."
+        )
+    if config.self_loading and config.warpgroups != 1:
+        raise NotImplementedError(
+            "a backward kernel whose consumer loads by itself has one warpgroup, but kernel options ask for "
+            f"{config.warpgroups}."
+        )
+    if config.deferred and (config.wide or config.deterministic or config.warpgroups != 2):
+        raise NotImplementedError(
+            "backward_deferred takes two warpgroups, head dimensions of at most 128, and dQ from the same kernel; "
+            f"the problem or its kernel options ask for {config.warpgroups} warpgroups, a head dimension of "
+            f"{max(problem.qk_dim, problem.v_dim)} and deterministic={config.deterministic}."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(

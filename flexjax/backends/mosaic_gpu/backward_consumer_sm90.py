@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients, reductions, registers
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_tiles, reductions, registers
+from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
-from flexjax.backends.mosaic_gpu.backward_schedule import Column
+from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import ROW
@@ -29,6 +30,23 @@ class Accumulators(NamedTuple):
     dv: Any
 
 
+class InRow(NamedTuple):
+    """A step of a column.
+
+    Attributes:
+        b, h: batch row and query head.
+        number: of the step among theirs.
+        steps: all of theirs.
+    """
+
+    b: Any
+    h: Any
+    number: Any
+    steps: Steps
+
+
+# The first query of the step that takes over a stage, and whether there is one; None with a producer.
+Following = tuple[Any, Any] | None
 Sums = tuple[Any, ...]  # by key, one for every load of kind KEYS
 
 
@@ -55,11 +73,13 @@ class Consumer:
     def run(self, cta: Any) -> None:
         kernel, buffers = self.kernel, self.buffers
         column = kernel.schedule.column(cta)
+        if kernel.config.self_loading:
+            Copies(kernel, self.inputs, buffers).keys_and_values(column)
         # Every warpgroup reads all the keys, for its share of dQ.
         plgpu.barrier_wait(buffers.key_value_full)
 
         def accumulate(dk: Any, dv: Any) -> tuple[Any, Any]:
-            self._column(column, Accumulators(dk, dv))
+            self._walk(column, Accumulators(dk, dv))
             return dk[...], dv[...]
 
         dims = (x.shape[-1] for x in (buffers.key, buffers.value))
@@ -80,16 +100,24 @@ class Consumer:
         """References to the sums by key that this warpgroup computes."""
         return self.outputs.key_sums
 
-    def _column(self, column: Column, accumulators: Accumulators) -> None:
+    def _walk(self, column: Column, accumulators: Accumulators) -> None:
+        """All steps of the column."""
+        self._column(column, accumulators)
+
+    def _column(self, column: Column, accumulators: Accumulators) -> Any:
+        """Takes the steps; returns how many there were."""
         schedule = self.kernel.schedule
 
         def row(number: Any, begin: Any) -> Any:
             b, h = schedule.row(column, number)
             steps = schedule.steps(self.inputs.lists, column, b, h)
+            if self.kernel.config.self_loading:
+                self._start_loading(steps, begin, b, h)
 
             def step(masked: bool) -> Any:
                 def run(i: Any, sums: Sums) -> Sums:
-                    return self._step(begin + i, i, b, h, column, accumulators, sums, masked)
+                    where = InRow(b, h, i, steps)
+                    return self._step(begin + i, where, column, accumulators, sums, masked)
 
                 return run
 
@@ -107,9 +135,8 @@ class Consumer:
             return begin + steps.count
 
         if schedule.rows == 1:
-            row(jnp.int32(0), jnp.int32(0))
-        else:
-            lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+            return row(jnp.int32(0), jnp.int32(0))
+        return lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
 
     @property
     def _dk_first(self) -> bool:
@@ -120,10 +147,55 @@ class Consumer:
         free = self.buffers.query_free.at[self.kernel.stage(jnp.maximum(number, 0))]
         pl.when(condition)(lambda: plgpu.barrier_arrive(free))
 
+    def _start_loading(self, steps: Steps, begin: Any, b: Any, h: Any) -> None:
+        """Issues the copies of a row's first steps, where there is no producer."""
+        kernel, copies = self.kernel, Copies(self.kernel, self.inputs, self.buffers)
+        firsts = [steps.first_query(i) for i in range(kernel.config.stages)]
+        for i, first in enumerate(firsts):
+
+            @pl.when(i < steps.count)
+            def _(i: int = i, first: Any = first) -> None:
+                stage = kernel.stage(begin + i)
+                copies.queries(b, h, first, stage)
+                copies.cotangents(b, h, first, stage)
+
+    def _following(self, row: InRow) -> Following:
+        """What a step's stage is to hold next. Read early, it has arrived when the stage is free."""
+        if not self.kernel.config.self_loading:
+            return None
+        number = row.number + self.kernel.config.stages
+        return row.steps.first_query(number), number < row.steps.count
+
+    def _hand_back_step(self, stage: Any, place: Place, following: Following) -> None:
+        """Hands back the queries of a step; without a producer, to those that follow."""
+        self._hand_back(stage, place, following, self.buffers.query_free, Copies.queries)
+
+    def _hand_back_cotangents(self, stage: Any, place: Place, following: Following) -> None:
+        self._hand_back(stage, place, following, self.buffers.d_out_free, Copies.cotangents)
+
+    def _hand_back(
+        self, stage: Any, place: Place, following: Following, free: Any, copy: Callable[..., None]
+    ) -> None:
+        if following is None:
+            plgpu.barrier_arrive(free.at[stage])
+            return
+        first, wanted = following
+
+        @pl.when(wanted)
+        def _() -> None:
+            # The other warps of the warpgroup have to have read it, too.
+            plgpu.barrier_arrive(free.at[0])
+            plgpu.barrier_wait(free.at[0])
+            copy(Copies(self.kernel, self.inputs, self.buffers), place.b, place.h, first, stage)
+
     def _place(self, stage: Any, b: Any, h: Any, column: Column) -> tuple[Any, Place]:
         """(first query of a step, where its tile of scores lies)."""
         # The producer looked it up: lists and counts would take registers here.
-        first_query = pl.multiple_of(self.buffers.first_query[stage], self.kernel.config.q_tile)
+        q_tile, number = self.kernel.config.q_tile, self.buffers.q_number[stage]
+        if self.kernel.problem.mask is not None:  # which gets simpler if the compiler knows bounds
+            last = self.kernel.schedule.padded_queries // q_tile - 1
+            number = jnp.clip(number, 0, last)
+        first_query = pl.multiple_of(number * q_tile, q_tile)
         key = column.tile * self.kernel.config.kv_tile + self._first_key
         return first_query, Place(b, h, self.kernel.schedule.inside(first_query), key)
 
@@ -132,9 +204,7 @@ class Consumer:
     def _step(
         self,
         number: Any,
-        in_row: Any,
-        b: Any,
-        h: Any,
+        row: InRow,
         column: Column,
         accumulators: Accumulators,
         sums: Sums,
@@ -143,11 +213,12 @@ class Consumer:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
+        following = self._following(row)
         plgpu.barrier_wait(buffers.query_full.at[stage])
-        first_query, place = self._place(stage, b, h, column)
+        first_query, place = self._place(stage, row.b, row.h, column)
         scored = None
         if config.rolling:
-            scored = functools.partial(self._hand_back_queries, number - 1, in_row > 0)
+            scored = functools.partial(self._hand_back_queries, number - 1, row.number > 0)
         p, cotangents = self._cotangents(stage, place, masked, scored)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
         own_ds = buffers.ds.at[ds_stage, self._slot]
@@ -167,7 +238,7 @@ class Consumer:
         elif kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if self._dk_first:
-            self._finish_step(stage, ds_stage, place, first_query)
+            self._finish_step(stage, ds_stage, column.tile, place, first_query, following)
             return sums
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
@@ -176,24 +247,31 @@ class Consumer:
             self._issue_dq(dq, part, ds_stage)
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
             result = plgpu.wgmma_accumulator_load(dq, wait_n=1)
-            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
+            self._hand_back_cotangents(stage, place, following)
             return result
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self._add_to_dq(dq, part, place, first_query)
+        self._add_to_dq(dq, part, column.tile, kernel.row_of(place.b, place.h, first_query))
         if not config.rolling:
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+            self._hand_back_step(stage, place, following)
         return sums
 
-    def _finish_step(self, stage: Any, ds_stage: Any, place: Place, first_query: Any) -> None:
+    def _finish_step(
+        self,
+        stage: Any,
+        ds_stage: Any,
+        kv_tile: Any,
+        place: Place,
+        first_query: Any,
+        following: Following,
+    ) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
-        buffers, part = self.buffers, self._part
+        part = self._part
 
         def hand_back() -> None:
-            plgpu.barrier_arrive(buffers.d_out_free.at[stage])
-            plgpu.barrier_arrive(buffers.query_free.at[stage])
+            self._hand_back_cotangents(stage, place, following)
+            self._hand_back_step(stage, place, following)
 
         if part is None:
             plgpu.wgmma_wait(0)
@@ -202,13 +280,12 @@ class Consumer:
 
         def product(dq: Any) -> Any:
             count = self._issue_dq(dq, part, ds_stage)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.wgmma_wait(count)
             hand_back()
             return dq[...]
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        self._add_to_dq(dq, part, place, first_query)
+        self._add_to_dq(dq, part, kv_tile, self.kernel.row_of(place.b, place.h, first_query))
 
     def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
         """Issues a warpgroup's share of dS K; returns the number of products."""
@@ -272,18 +349,30 @@ class Consumer:
             operand = staged
         plgpu.wgmma(accumulator, operand, other)
 
-    def _add_to_dq(self, dq: Any, part: configs.Part, place: Place, first_query: Any) -> None:
-        """Adds a share of dQ in global memory. The copy of the step before must have left the buffer."""
-        problem, interpret = self.kernel.problem, self.kernel.config.interpret
-        buffer = self.buffers.dq[self.warpgroup]
+    def _add_to_dq(
+        self, dq: Any, part: configs.Part, kv_tile: Any, row: Any, publish: bool = False
+    ) -> None:
+        """Adds a share of dQ in global memory.
+
+        Args:
+            dq: the share.
+            part: which share it is.
+            kv_tile: number of the column's tile of keys.
+            row: the step's first row of dQ, see `Kernel.row_of`.
+            publish: see `dq_tiles.add`.
+        """
+        kernel, buffer = self.kernel, self.buffers.dq[self.warpgroup]
+        (target,) = self.inputs.dq
+        if not kernel.config.interpret:
+            dim = configs.padded_dim(kernel.problem.qk_dim)
+            dq_tiles.add(target, buffer, dq, row + part.row, part.column, dim, publish)
+            return
+        # The interpreter has no reductions: every tile of keys has a dQ of its own.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = dq
         plgpu.commit_smem()
-        (target,) = self.inputs.dq
-        if interpret:  # which has no reductions: every tile of keys has a dQ of its own
-            target = target.at[lax.div(place.key, jnp.int32(self.kernel.config.kv_tile))]
-        columns = pl.ds(part.column, part.columns)
-        target = rows(problem, target, place.b, place.h, first_query + part.row, part.rows, columns)
-        plgpu.copy_smem_to_gmem(buffer, target, reduction_op=None if interpret else "add")
+        where = pl.ds(row + part.row, part.rows), pl.ds(part.column, part.columns)
+        plgpu.copy_smem_to_gmem(buffer, target.at[(kv_tile, *where)])
 
     # -- captured arrays ------------------------------------------------------------------------
 
@@ -335,7 +424,7 @@ class Consumer:
             plgpu.barrier_wait(self.buffers.ds_full)
         scaled = dk * self.kernel.problem.scale
         self._store_tile(column, scaled, self.buffers.key, self.outputs.dk)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
         problem, staged = self.kernel.problem, buffer.at[self._slot]

@@ -29,7 +29,8 @@ class Inputs(NamedTuple):
             D of the derivation.
         lists: the transposed block lists.
         score_captures, mask_captures: what the mods read.
-        dq: dQ without the scale, in the problem's layout; empty where another kernel computes it.
+        dq: dQ without the scale, of the rows of `Kernel.row_of`, as dq_tiles.py has it; empty where another kernel
+            computes it. In the interpreter [tiles of keys, rows, D].
         sums: one flat array for every load whose gradient is added in global memory.
     """
 
@@ -61,12 +62,14 @@ class Buffers(NamedTuple):
         key, value: [slots, 64, D or Dv].
         query, d_out: [stages, q_tile, D or Dv].
         lse, delta: [stages, q_tile].
-        first_query: [stages]; int32.
+        q_number: int32 [stages], which tile of queries a stage holds.
+        dq_row: first row of dQ of the last steps, [`Kernel.dq_rows`]; int32, or empty.
         ds: [2, slots, 64, q_tile].
-        dq: every warpgroup's share of a tile of dQ, float32.
+        dq: every warpgroup's share of a tile of dQ, flat; float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
         key_value_full: one barrier.
-        query_full, query_free, d_out_full, d_out_free: one barrier a stage.
+        query_full, d_out_full: one barrier a stage.
+        query_free, d_out_free: one barrier a stage; a single one where the consumer itself loads.
         ds_full: one barrier at which the consumers meet.
     """
 
@@ -76,7 +79,8 @@ class Buffers(NamedTuple):
     d_out: Any
     lse: Any
     delta: Any
-    first_query: Any
+    q_number: Any
+    dq_row: tuple[Any, ...]
     ds: Any
     dq: tuple[Any, ...]
     p: tuple[Any, ...]
@@ -141,7 +145,7 @@ class Kernel:
         config, dtype = self.config, self.problem.q_dtype
         dim, v_dim = (configs.padded_dim(d) for d in (self.problem.qk_dim, self.problem.v_dim))
         n, stages, q_tile = config.warpgroups, config.stages, config.q_tile
-        slots = config.key_slots
+        slots, freed = config.key_slots, 1 if config.self_loading else stages
         stats = plgpu.SMEM((stages, q_tile), jnp.float32)
         # Both operands of a matrix product must be swizzled alike: K and Q, dS and K.
         swizzle = configs.key_swizzle(config, dim)
@@ -152,17 +156,32 @@ class Kernel:
             d_out=tiles(dtype, stages, q_tile, v_dim),
             lse=stats,
             delta=stats,
-            first_query=plgpu.SMEM((stages,), jnp.int32),
+            q_number=plgpu.SMEM((stages,), jnp.int32),
+            dq_row=(plgpu.SMEM((self.dq_rows,), jnp.int32),) if config.deferred else (),
             ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
-            dq=tuple(tiles(jnp.float32, p.rows, p.columns) for p in self.parts if p.columns),
+            dq=tuple(self._dq_buffer(p) for p in self.parts if p.columns),
             p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
             key_value_full=barriers(1, 2 * slots),
             query_full=barriers(stages, 2),
-            query_free=barriers(stages, n),
+            query_free=barriers(freed, n),
             d_out_full=barriers(stages, 2),
-            d_out_free=barriers(stages, n),
+            d_out_free=barriers(freed, n),
             ds_full=barriers(1, n),
         )
+
+    def _dq_buffer(self, part: configs.Part) -> Any:
+        if self.config.interpret:
+            return tiles(jnp.float32, part.rows, part.columns)
+        return plgpu.SMEM((part.rows * part.columns,), jnp.float32)
+
+    def row_of(self, b: Any, h: Any, query: Any) -> Any:
+        """Row of dQ: those of all heads and batch rows lie one after another."""
+        return (b * self.problem.q_heads + h) * self.schedule.padded_queries + query
+
+    @property
+    def dq_rows(self) -> int:
+        """How many steps' rows of dQ are kept: also that of the step before those in flight."""
+        return self.config.stages + 2
 
     def stage(self, step: Any) -> Any:
         """The stage of a step, counted over all steps of the CTA."""

@@ -15,10 +15,14 @@ operand:
         dQ tile = dS K         each warpgroup its share (backward_config.Part)
         dQ += dQ tile          added in global memory, in float32, by TMA
 
+With wide tiles of queries the dQ of a step is left to the next one (backward_deferred_sm90.py). The sums of dQ in
+global memory are in an order of their own (dq_tiles.py).
+
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
 rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
 need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
-D into a ring of shared-memory stages.
+D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that itself,
+and two CTAs share a multiprocessor.
 
 dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of
 its own (dq_sm90.py).
@@ -41,15 +45,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90
+from flexjax.backends.mosaic_gpu import capture_gradients, dq_sm90, dq_tiles
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
+from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
+from flexjax.backends.mosaic_gpu.backward_deferred_sm90 import DeferredConsumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
-from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
-from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch, rows
+from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -114,7 +119,7 @@ def backward(
         outputs,
         kernel.buffers(),
         ctas=schedule.columns,
-        warpgroups=config.warpgroups + 1,
+        warpgroups=config.warpgroups + (not config.self_loading),
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
@@ -122,10 +127,7 @@ def backward(
     if config.deterministic:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
     else:
-        dq = inputs.dq[0][...]
-        if config.interpret:
-            dq = dq.sum(0)
-        dq = (dq * problem.scale).astype(problem.q_dtype)
+        dq = _finished_dq(kernel, inputs.dq[0][...])
     dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
     dk, dv = (
         lax.slice_in_dim(x, 0, problem.kv_len, axis=q_axis)[..., :dim]
@@ -206,17 +208,18 @@ def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
     problem, schedule = kernel.problem, kernel.schedule
     if not kernel.parts:
         return ()
-    shape = [
-        problem.batch,
-        problem.q_heads,
-        schedule.padded_queries,
-        configs.padded_dim(problem.qk_dim),
-    ]
-    if problem.layout == BLHD:
-        shape[1], shape[2] = shape[2], shape[1]
-    if kernel.config.interpret:
-        shape.insert(0, schedule.kv_tiles)
+    rows = problem.batch * problem.q_heads * schedule.padded_queries
+    dim = configs.padded_dim(problem.qk_dim)
+    shape = (schedule.kv_tiles, rows, dim) if kernel.config.interpret else (rows * dim,)
     return (jnp.zeros(shape, jnp.float32),)
+
+
+def _finished_dq(kernel: Kernel, sums: Any) -> Any:
+    """The padded dQ in the queries' dtype and layout, from what the kernel added up."""
+    problem, dim = kernel.problem, configs.padded_dim(kernel.problem.qk_dim)
+    dq = sums.sum(0) if kernel.config.interpret else dq_tiles.in_order(sums, dim)
+    dq = dq.reshape(problem.batch, problem.q_heads, -1, dim)
+    return (heads_first(dq, problem.layout) * problem.scale).astype(problem.q_dtype)
 
 
 def _zero_sum(kernel: Kernel, load: capture_gradients.Load) -> Any:
@@ -251,8 +254,12 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
         if limits is not None:
             plgpu.set_max_registers(limits[0], action="increase")
         consumer = WideConsumer if kernel.config.wide else Consumer
+        consumer = DeferredConsumer if kernel.config.deferred else consumer
         consumer(kernel, inputs, outputs, buffers, number).run(cta)
 
+    if kernel.config.self_loading:
+        consume(0)
+        return
     for number in range(consumers):
         pl.when(warpgroup == number)(functools.partial(consume, number))
 
@@ -272,24 +279,16 @@ class Producer:
     buffers: Buffers
 
     def run(self, cta: Any) -> None:
-        kernel, buffers, schedule = self.kernel, self.buffers, self.kernel.schedule
+        schedule = self.kernel.schedule
         column = schedule.column(cta)
-        for w in range(kernel.config.key_slots):
-            first = column.tile * kernel.config.kv_tile + w * WARPGROUP_ROWS
-            for source, target in (
-                (self.inputs.key, buffers.key),
-                (self.inputs.value, buffers.value),
-            ):
-                where = rows(kernel.problem, source, column.b, column.h, first, WARPGROUP_ROWS)
-                plgpu.copy_gmem_to_smem(where, target.at[w], buffers.key_value_full)
+        self._copies.keys_and_values(column)
 
         def row(number: Any, begin: Any) -> Any:
             b, h = schedule.row(column, number)
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def load(i: Any, _: Any) -> None:
-                first = pl.multiple_of(steps.first_query(i), kernel.config.q_tile)
-                self._load(begin + i, b, h, first)
+                self._load(begin + i, b, h, steps.first_query(i))
 
             lax.fori_loop(0, steps.count, load, None)
             return begin + steps.count
@@ -300,21 +299,27 @@ class Producer:
             end = lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
         self._drain(end)
 
+    @property
+    def _copies(self) -> Copies:
+        return Copies(self.kernel, self.inputs, self.buffers)
+
     def _load(self, step: Any, b: Any, h: Any, first: Any) -> None:
-        kernel, inputs, buffers = self.kernel, self.inputs, self.buffers
-        q_tile, stage = kernel.config.q_tile, kernel.stage(step)
-        for source, statistic, target, own, full, free in (
-            (inputs.query, inputs.lse, buffers.query, buffers.lse, buffers.query_full, buffers.query_free),
-            (inputs.d_out, inputs.delta, buffers.d_out, buffers.delta, buffers.d_out_full, buffers.d_out_free),
-        ):  # fmt: skip
+        buffers, copies = self.buffers, self._copies
+        stage = self.kernel.stage(step)
+        for copy, free in (
+            (copies.queries, buffers.query_free),
+            (copies.cotangents, buffers.d_out_free),
+        ):
             free_stage = free.at[stage]
-            pl.when(step >= kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
-            if source is inputs.query:
-                buffers.first_query[stage] = first
-            where = rows(kernel.problem, source, b, h, first, q_tile)
-            plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
-            plgpu.copy_gmem_to_smem(
-                statistic.at[b, h, pl.ds(first, q_tile)], own.at[stage], full.at[stage]
+            pl.when(step >= self.kernel.config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
+            if free is buffers.query_free:
+                self._keep_row_of_dq(step, b, h, first)
+            copy(b, h, first, stage)
+
+    def _keep_row_of_dq(self, step: Any, b: Any, h: Any, first: Any) -> None:
+        for last_rows in self.buffers.dq_row:
+            last_rows[lax.rem(step, jnp.int32(self.kernel.dq_rows))] = self.kernel.row_of(
+                b, h, first
             )
 
     def _drain(self, end: Any) -> None:

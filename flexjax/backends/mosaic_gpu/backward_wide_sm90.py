@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import backward_config as configs
-from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, Sums
+from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, InRow, Sums
 from flexjax.backends.mosaic_gpu.backward_schedule import Column
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.tile_gradients import Place
@@ -67,9 +67,7 @@ class WideConsumer(Consumer):
     def _step(
         self,
         number: Any,
-        in_row: Any,
-        b: Any,
-        h: Any,
+        row: InRow,
         column: Column,
         accumulators: Any,
         sums: Sums,
@@ -79,7 +77,7 @@ class WideConsumer(Consumer):
         stage = kernel.stage(number)
         ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
         plgpu.barrier_wait(buffers.query_full.at[stage])
-        first_query, place = self._place(stage, b, h, column)
+        first_query, place = self._place(stage, row.b, row.h, column)
         if self._of_values:
             p = self._probabilities(stage, place, masked)
             plgpu.barrier_wait(buffers.d_out_full.at[stage])
@@ -100,7 +98,7 @@ class WideConsumer(Consumer):
             sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
-        self._finish_step(stage, ds_stage, place, first_query)
+        self._finish_step(stage, ds_stage, column.tile, place, first_query, self._following(row))
         return sums
 
     def _probabilities(self, stage: Any, place: Place, masked: bool) -> Any:

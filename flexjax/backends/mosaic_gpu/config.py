@@ -10,6 +10,8 @@ from flexjax.problem import Problem
 WARPGROUP_ROWS = 64
 # Shared memory of a Hopper CTA, less what the barriers take.
 SHARED_MEMORY = 227 * 1024 - 1024
+# Shared memory of each of two CTAs that share a multiprocessor, less what the barriers take.
+HALF_OF_SHARED_MEMORY = 228 * 1024 // 2 - 2 * 1024
 # Streaming multiprocessors of an H100 SXM; used where the device is not at hand.
 CORES = 132
 
@@ -35,6 +37,8 @@ class Config:
         approx_math: approximate transcendental functions in the mods.
         cores: CTAs of a persistent grid.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
+        self_loading: the only consumer issues the copies too, without a producer: several CTAs then share a
+            multiprocessor, and one computes while another starts, waits or stores.
     """
 
     warpgroups: int
@@ -46,6 +50,7 @@ class Config:
     approx_math: bool
     cores: int = CORES
     interpret: bool = False
+    self_loading: bool = False
 
     @property
     def q_tile(self) -> int:
@@ -62,6 +67,7 @@ OPTIONS = {
     "trust_maximum": bool,
     "approx_math": bool,
     "interpret": bool,
+    "self_loading": bool,
 }
 
 
@@ -97,16 +103,18 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
     """
     interpret = problem.option("interpret", False)
     warpgroups = problem.option("warpgroups", _warpgroups(problem))
+    self_loading = problem.option("self_loading", _self_loading(problem, warpgroups))
     config = Config(
         warpgroups=warpgroups,
-        kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups)),
+        kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups, self_loading)),
         stages=4 if _narrow(problem) else 2,
-        persistent=problem.option("persistent", _persistent(problem)),
+        persistent=problem.option("persistent", _persistent(problem) and not self_loading),
         ping_pong=problem.option("ping_pong", True) and not interpret,
         trust_maximum=problem.option("trust_maximum", True),
         approx_math=problem.option("approx_math", True),
         cores=cores,
         interpret=interpret,
+        self_loading=self_loading,
     )
     stages = problem.option("stages", None)
     if stages is not None:
@@ -133,12 +141,19 @@ def _warpgroups(problem: Problem) -> int:
     return 1 if problem.blocks.geometry.q_block % (2 * WARPGROUP_ROWS) else 2
 
 
-def _kv_tile(problem: Problem, warpgroups: int) -> int:
-    """The widest tile that the registers hold and that divides the mask's blocks."""
-    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3
+def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
+    """The widest tile that the registers hold and that divides the mask's blocks; narrow where CTAs share them."""
+    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3 and not self_loading
     widest = 128 if roomy else 64
     block = widest if problem.blocks is None else problem.blocks.geometry.kv_block
     return next((n for n in KV_TILES if n <= widest and block % n == 0), KV_TILES[-1])
+
+
+def _self_loading(problem: Problem, warpgroups: int) -> bool:
+    """Whether the only consumer loads by itself: where several CTAs of such tiles fit in a multiprocessor."""
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    persistent = problem.option("persistent", False)
+    return problem.blocks is not None and warpgroups == 1 and not wide and not persistent
 
 
 def _persistent(problem: Problem) -> bool:
@@ -156,6 +171,11 @@ def _checked(problem: Problem, config: Config) -> Config:
     if config.warpgroups not in REGISTERS:
         raise NotImplementedError(
             f"The kernel runs 1, 2 or 3 consumer warpgroups, but {config.warpgroups} were asked for."
+        )
+    if config.self_loading and (config.warpgroups != 1 or config.persistent):
+        raise NotImplementedError(
+            "A kernel whose consumer loads by itself has one warpgroup and a CTA for each tile, but kernel "
+            f"options ask for {config.warpgroups} warpgroups and persistent={config.persistent}."
         )
     if config.kv_tile not in KV_TILES:
         raise NotImplementedError(

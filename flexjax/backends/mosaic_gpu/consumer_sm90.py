@@ -12,10 +12,11 @@ from jax import lax
 
 from flexjax.backends.mosaic_gpu import emit, products_sm90, registers
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import TILE
-from flexjax.backends.mosaic_gpu.schedule import TilePosition
+from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
 
 
@@ -33,6 +34,24 @@ class Accumulation(NamedTuple):
     state: State
 
 
+# The first key of the step that takes over a stage, and whether there is one; None with a producer.
+Following = tuple[Any, Any] | None
+
+
+class Work(NamedTuple):
+    """A tile.
+
+    Attributes:
+        position: where it lies.
+        steps: what it visits.
+        begin: steps of the CTA's tiles before it.
+    """
+
+    position: TilePosition
+    steps: Steps
+    begin: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Consumer:
     """A warpgroup that computes 64 queries of every tile."""
@@ -46,6 +65,10 @@ class Consumer:
     @property
     def _query(self) -> Any:
         return self.buffers.query.at[self.warpgroup]
+
+    @property
+    def _copies(self) -> Copies:
+        return Copies(self.kernel, self.inputs, self.buffers)
 
     @property
     def _takes_turns(self) -> bool:
@@ -62,6 +85,9 @@ class Consumer:
         kernel, buffers = self.kernel, self.buffers
         position = kernel.schedule.position(tile)
         steps = kernel.schedule.steps(self.inputs.lists, position)
+        work = Work(position, steps, begin)
+        if kernel.config.self_loading:
+            self._start_loading(work)
         v_dim = buffers.value.shape[-1]
 
         first_key = steps.first_key(0)
@@ -72,7 +98,7 @@ class Consumer:
         stage = kernel.stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = self._raw_scores(stage)
-        plgpu.barrier_arrive(buffers.key_free.at[stage])
+        self._key_read(work, 0, self._following(work, 0))
         scores = self._scores(scores, position, first_key, masked=True)
         scores = self._hide(scores, allowed, first_key)
         state = kernel.softmax.start(WARPGROUP_ROWS)
@@ -81,9 +107,7 @@ class Consumer:
         carry = Accumulation(zeros, p.astype(kernel.problem.q_dtype), state)
 
         def step(masked: bool) -> Any:
-            return lambda i, carry: self._step(
-                begin + i, steps.first_key(i), carry, position, masked
-            )
+            return lambda i, carry: self._step(work, i, carry, masked)
 
         if kernel.has_masked_steps:
             carry = lax.fori_loop(1, steps.masked, step(True), carry)
@@ -96,29 +120,31 @@ class Consumer:
         stage = kernel.stage(begin + steps.computed - 1)
         plgpu.barrier_wait(buffers.value_full.at[stage])
         out = self._add_product(carry.out, carry.p, stage)
-        plgpu.barrier_arrive(buffers.value_free.at[stage])
+        self._value_read(work, steps.computed - 1)
         self._store(out, carry.state, position, steps.count > 0)
         return begin + steps.computed
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _step(
-        self, number: Any, first_key: Any, carry: Accumulation, position: TilePosition, masked: bool
-    ) -> Accumulation:
-        """Scores and softmax of step `number`; the product with the values of the one before."""
+    def _step(self, work: Work, number: Any, carry: Accumulation, masked: bool) -> Accumulation:
+        """Scores and softmax of step `number` of a tile; the product with the values of the one before."""
         kernel, buffers, softmax = self.kernel, self.buffers, self.kernel.softmax
-        stage, previous = kernel.stage(number), kernel.stage(number - 1)
+        position = work.position
+        stage = kernel.stage(work.begin + number)
+        previous = kernel.stage(work.begin + number - 1)
+        following = self._following(work, number)
         plgpu.barrier_wait(buffers.key_full.at[stage])
+        first_key = self._copies.first_key(work.steps, number, stage)
         if kernel.config.interpret:
             scores = self._raw_scores(stage)
             plgpu.barrier_wait(buffers.value_full.at[previous])
             out = self._add_product(carry.out, carry.p, previous)
-            plgpu.barrier_arrive(buffers.key_free.at[stage])
+            self._key_read(work, number, following)
             scores = self._scores(scores, position, first_key, masked)
             if masked:
                 scores = self._hide(scores, self._allowed(position, first_key), first_key)
             p, state, alpha = softmax.searching(scores, carry.state)
-            plgpu.barrier_arrive(buffers.value_free.at[previous])
+            self._value_read(work, number - 1)
             return Accumulation(
                 softmax.rescaled(out, alpha), p.astype(kernel.problem.q_dtype), state
             )
@@ -127,14 +153,14 @@ class Consumer:
             registers.wait_for_turn(self.warpgroup)
         scores, out = self._issue_products(carry, stage, previous)
         if self._takes_turns:
-            following = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
-            registers.give_turn_to(following)
+            neighbour = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
+            registers.give_turn_to(neighbour)
         early = masked and kernel.mask_loads
         allowed = self._allowed(position, first_key) if early else None
         plgpu.wgmma_wait(1)
         # The optimization barriers tie values to the waits, which they do not depend on otherwise.
         scores = lax.optimization_barrier(scores)
-        plgpu.barrier_arrive(buffers.key_free.at[stage])
+        self._key_read(work, number, following)
         scores = self._scores(scores, position, first_key, masked)
         if masked:
             allowed = allowed if early else self._allowed(position, first_key)
@@ -144,8 +170,63 @@ class Consumer:
         registers.keep_above_next_wait(state.total)
         plgpu.wgmma_wait(0)
         out = lax.optimization_barrier(out)
-        plgpu.barrier_arrive(buffers.value_free.at[previous])
+        self._value_read(work, number - 1)
         return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def _start_loading(self, work: Work) -> None:
+        """Issues the copies of the queries and of the first steps, where there is no producer."""
+        kernel, copies = self.kernel, self._copies
+        copies.query(work.position, self.warpgroup)
+        firsts = [work.steps.first_key(i) for i in range(kernel.config.stages)]
+        for stage, first_key in enumerate(firsts):
+
+            @pl.when(stage < work.steps.computed)
+            def _(stage: int = stage, first_key: Any = first_key) -> None:
+                copies.key(work.position, first_key, stage)
+                copies.value(work.position, first_key, stage)
+
+    def _following(self, work: Work, number: Any) -> Following:
+        """What is to take over the stage of a step. Read early, it has arrived when the stage is free."""
+        config = self.kernel.config
+        if not config.self_loading:
+            return None
+        number = number + config.stages
+        return work.steps.first_key(number), number < work.steps.computed
+
+    def _key_read(self, work: Work, number: Any, following: Following) -> None:
+        """Gives away the stage of a step's keys; without a producer, to the keys that follow."""
+        buffers, stage = self.buffers, self.kernel.stage(work.begin + number)
+        if following is None:
+            plgpu.barrier_arrive(buffers.key_free.at[stage])
+            return
+        first_key, wanted = following
+
+        @pl.when(wanted)
+        def _() -> None:
+            # The other warps of the warpgroup have to have read it, too.
+            plgpu.barrier_arrive(buffers.key_free.at[0])
+            plgpu.barrier_wait(buffers.key_free.at[0])
+            self._copies.key(work.position, first_key, stage)
+
+    def _value_read(self, work: Work, number: Any) -> None:
+        """The same for the values of a step."""
+        buffers, config = self.buffers, self.kernel.config
+        stage, following = self.kernel.stage(work.begin + number), number + config.stages
+        if not config.self_loading:
+            plgpu.barrier_arrive(buffers.value_free.at[stage])
+            return
+
+        @pl.when(following < work.steps.computed)
+        def _() -> None:
+            plgpu.barrier_arrive(buffers.value_free.at[0])
+            plgpu.barrier_wait(buffers.value_free.at[0])
+            if config.stages > 1:  # their keys are on their way, so that the stage knows them
+                first_key = self._copies.first_key(work.steps, following, stage)
+            else:
+                first_key = work.steps.first_key(following)
+            self._copies.value(work.position, first_key, stage)
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""

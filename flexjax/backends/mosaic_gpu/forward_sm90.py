@@ -15,6 +15,10 @@ so that the matrix products of a warpgroup run under its own softmax, and the wa
 (FlashAttention-3, arXiv:2407.08608). Masked steps come before the others; schedule.py says which steps
 there are, softmax.py how P is computed.
 
+Blocks of 64 queries leave work for one consumer only. It then issues the copies itself, into a stage as soon as it
+has read it, and needs so few registers and so little shared memory that two or three CTAs share a multiprocessor:
+one computes while another starts, waits for keys or stores, which is what rows of few blocks are made of.
+
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `_drain`. A tile without
 steps computes one step on some block and drops the result by selection.
 """
@@ -32,10 +36,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import config as configs
-from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.config import Config
 from flexjax.backends.mosaic_gpu.consumer_sm90 import Consumer
+from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
-from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch, rows
+from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.problem import BLHD, Operands, Problem, Result
 
@@ -91,7 +96,7 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         outputs,
         kernel.buffers(query.shape[-1], value.shape[-1]),
         ctas=schedule.ctas,
-        warpgroups=config.warpgroups + 1,
+        warpgroups=config.warpgroups + (not config.self_loading),
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
@@ -104,6 +109,9 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     """The kernel's body, as every warpgroup executes it."""
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     consumers = kernel.config.warpgroups
+    if kernel.config.self_loading:
+        Consumer(kernel, inputs, outputs, buffers, 0).run(cta)
+        return
     limits = configs.REGISTERS[consumers]
 
     @pl.when(warpgroup < consumers)
@@ -137,31 +145,22 @@ class Producer:
 
     def _load_tile(self, tile: Any, begin: Any) -> Any:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
+        copies = Copies(kernel, self.inputs, buffers)
         position = kernel.schedule.position(tile)
         steps = kernel.schedule.steps(self.inputs.lists, position)
         for w in range(config.warpgroups):
             if config.persistent:
                 pl.when(begin > 0)(lambda w=w: plgpu.barrier_wait(buffers.query_free.at[w]))
-            first = position.q * config.q_tile + w * WARPGROUP_ROWS
-            where = rows(
-                kernel.problem, self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS
-            )
-            plgpu.copy_gmem_to_smem(where, buffers.query.at[w], buffers.query_full.at[w])
-        b, h = kernel.schedule.kv_row(position)
+            copies.query(position, w)
 
         def load(i: Any, _: Any) -> None:
             step = begin + i
             stage = kernel.stage(step)
-            first = kernel.schedule.inside(steps.first_key(i))
-            first = pl.multiple_of(first, config.kv_tile)
-            for source, target, full, free in (
-                (self.inputs.key, buffers.key, buffers.key_full, buffers.key_free),
-                (self.inputs.value, buffers.value, buffers.value_full, buffers.value_free),
-            ):
+            first_key = steps.first_key(i)
+            for copy, free in ((copies.key, buffers.key_free), (copies.value, buffers.value_free)):
                 free_stage = free.at[stage]
                 pl.when(step >= config.stages)(lambda f=free_stage: plgpu.barrier_wait(f))
-                where = rows(kernel.problem, source, b, h, first, config.kv_tile)
-                plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
+                copy(position, first_key, stage)
 
         lax.fori_loop(0, steps.computed, load, None)
         return begin + steps.computed

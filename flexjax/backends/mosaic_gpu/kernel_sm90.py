@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
@@ -44,8 +45,10 @@ class Buffers(NamedTuple):
         key, value: [stages, kv_tile, D or Dv].
         out: [warpgroups, 64, Dv], or empty where the output takes the queries' place.
         probabilities: [warpgroups, 64, kv_tile] in the interpreter, or empty.
+        kv_number: int32 [stages], which tile of keys a stage holds; empty without block lists.
         query_full, query_free: one barrier a warpgroup.
-        key_full, key_free, value_full, value_free: one barrier a stage.
+        key_full, value_full: one barrier a stage.
+        key_free, value_free: one barrier a stage; a single one where the consumer itself loads.
     """
 
     query: Any
@@ -53,6 +56,7 @@ class Buffers(NamedTuple):
     value: Any
     out: tuple[Any, ...]
     probabilities: tuple[Any, ...]
+    kv_number: tuple[Any, ...]
     query_full: Any
     query_free: Any
     key_full: Any
@@ -105,6 +109,7 @@ class Kernel:
     def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
         config, dtype = self.config, self.problem.q_dtype
         n, stages, kv_tile = config.warpgroups, config.stages, config.kv_tile
+        freed = 1 if config.self_loading else stages
         own_out = configs.own_output_buffer(self.problem, config.persistent)
         return Buffers(
             query=tiles(dtype, n, WARPGROUP_ROWS, dim),
@@ -112,12 +117,13 @@ class Kernel:
             value=tiles(dtype, stages, kv_tile, v_dim),
             out=(tiles(dtype, n, WARPGROUP_ROWS, v_dim),) if own_out else (),
             probabilities=(tiles(dtype, n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
+            kv_number=(plgpu.SMEM((stages,), jnp.int32),) if self.problem.blocks else (),
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),
-            key_free=barriers(stages, n),
+            key_free=barriers(freed, n),
             value_full=barriers(stages),
-            value_free=barriers(stages, n),
+            value_free=barriers(freed, n),
         )
 
     def stage(self, step: Any) -> Any:

@@ -151,6 +151,35 @@ def scale_rows(tile: jax.Array, factors: jax.Array) -> jax.Array:
     return scale(tile, factors)
 
 
+def zero_unless_allowed(tile: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The tile with zeros where it is not allowed, by one selection an element.
+
+    Of `p and q ? x : 0` LLVM makes a selection by p and one by q; it does not see into these.
+    """
+    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=result)
+    def select(_: Any, x: Any, conditions: Any) -> Any:
+        registers = np.empty_like(x.registers)
+        for position, register in np.ndenumerate(x.registers):
+            condition = conditions.registers[position]
+            pair = [
+                llvm.inline_asm(
+                    ir.F32Type.get(),
+                    [element(register, k), element(condition, k)],
+                    "selp.f32 $0, $1, 0f00000000, $2;",
+                    "=f,f,b",
+                    asm_dialect=0,
+                    has_side_effects=False,
+                )
+                for k in range(2)
+            ]
+            registers[position] = vector.from_elements(register.type, pair)
+        return fragment(registers, x.layout)
+
+    return select(tile, allowed)
+
+
 # -- holding the compiler's scheduler ---------------------------------------------------------------
 
 

@@ -62,6 +62,14 @@ class Schedule:
         return cdiv(self.problem.kv_len, self.config.kv_tile)
 
     @property
+    def listed_tiles(self) -> int:
+        """Tiles of keys that the block lists can name; some may lie beyond the last key."""
+        blocks = self.problem.blocks
+        if blocks is None:
+            return self.kv_tiles
+        return blocks.geometry.cols * (blocks.geometry.kv_block // self.config.kv_tile)
+
+    @property
     def tiles(self) -> int:
         return self.problem.batch * self.problem.q_heads * self.q_tiles
 
@@ -78,11 +86,7 @@ class Schedule:
 
     def inside(self, first_key: Any) -> Any:
         """Moves a step that lies wholly beyond the last key, where nothing counts, back onto keys."""
-        blocks = self.problem.blocks
-        if blocks is None:
-            return first_key
-        end = blocks.geometry.cols * blocks.geometry.kv_block
-        if end == self.kv_tiles * self.config.kv_tile:
+        if self.listed_tiles == self.kv_tiles:
             return first_key
         return jnp.minimum(first_key, (self.kv_tiles - 1) * self.config.kv_tile)
 

@@ -23,7 +23,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import emit, lanes, placement
+from flexjax.backends.mosaic_gpu import emit, lanes, placement, registers
 from flexjax.backends.mosaic_gpu.lanes import F32, Lane
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
@@ -228,7 +228,10 @@ class TileGradients:
             end = self.problem.kv_len - (place.key if first_key is None else first_key)
             conditions.append(offset < end)
         for condition in conditions:
-            tiles = [jnp.where(condition, tile, 0.0) for tile in tiles]
+            if condition is allowed and not self.interpret:
+                tiles = [registers.zero_unless_allowed(tile, condition) for tile in tiles]
+            else:
+                tiles = [jnp.where(condition, tile, 0.0) for tile in tiles]
         return tiles
 
     def _exponentials(self, y: Any, lse: Any, factor: float) -> Any:
