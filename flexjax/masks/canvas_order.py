@@ -37,11 +37,13 @@ class CanvasOrder:
         canvas: the canvas's sizes, in row order the slowest first: (H, W) or (T, H, W).
         coordinates: int32 (len(canvas), length), where the token of each slot of the sequence lies. A slot
             whose coordinates are outside the canvas is empty: tiles at the border may have some.
+        tiling: sizes of the tiles and how far the first one sticks out, if the order is one of tiles.
     """
 
     name: str
     canvas: tuple[int, ...]
     coordinates: Int32[np.ndarray, "N slots"]
+    tiling: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def length(self) -> int:
@@ -58,6 +60,26 @@ class CanvasOrder:
         """Which slots hold a token."""
         sizes = np.asarray(self.canvas)[:, None]
         return ((self.coordinates >= 0) & (self.coordinates < sizes)).all(axis=0)
+
+    def coordinates_at(self, index: Any) -> list[Any]:
+        """The coordinates of slots, one number or array a dimension; `index` may be traced.
+
+        Tiles whose sizes are powers of two are computed: kernels then see that a block of keys has few different
+        coordinates. Other orders are read from tables.
+        """
+        if self.tiling is None or any(n & (n - 1) for n in self.tiling[0]):
+            return [jnp.asarray(x)[index] for x in self.coordinates]
+        tile, shift = self.tiling
+        counts = _tile_counts(self.canvas, tile, shift)
+        slots = math.prod(tile)
+        places = zip(
+            coordinates_of(index // slots, counts),
+            coordinates_of(index % slots, tile),
+            tile,
+            shift,
+            strict=True,
+        )
+        return [number * size + inside - before for number, inside, size, before in places]
 
     @functools.cached_property
     def token_of_slot(self) -> Int32[np.ndarray, " slots"]:
@@ -120,7 +142,7 @@ def row_order(canvas: Sequence[int]) -> CanvasOrder:
         ValueError: if a size is less than 1, or there are none, or more than three.
     """
     canvas = sizes_of("row_order()", "canvas", canvas)
-    return CanvasOrder("rows", canvas, _grid(canvas))
+    return CanvasOrder("rows", canvas, _grid(canvas), (canvas, (0,) * len(canvas)))
 
 
 def tiled_order(
@@ -154,13 +176,13 @@ def tiled_order(
             f"{where}: shift must be less than the tile in every dimension, but shift is {shift} and the tile "
             f"{tile}. A shift by a whole tile is an empty tile."
         )
-    counts = [-(-(n + s) // t) for n, t, s in zip(canvas, tile, shift, strict=True)]
+    counts = _tile_counts(canvas, tile, shift)
     grid = np.indices((*counts, *tile), np.int32)
     axes = range(len(canvas))
     places = [grid[a] * tile[a] + grid[len(canvas) + a] - shift[a] for a in axes]
     name = "tiles_" + times(tile) + (f"_shifted_{times(shift)}" if any(shift) else "")
     coordinates = np.stack(places).reshape(len(canvas), -1).astype(np.int32)
-    return CanvasOrder(name, canvas, coordinates)
+    return CanvasOrder(name, canvas, coordinates, (tile, shift))
 
 
 def morton_order(canvas: Sequence[int]) -> CanvasOrder:
@@ -200,6 +222,13 @@ def sizes_of(
         wanted = "one to three" if count is None else f"{count}, one for each size of the canvas,"
         raise ValueError(f"{where}: {name} must have {wanted} entries, but it is {tuple(sizes)}.")
     return tuple(check_integer(where, f"an entry of {name}", n, at_least=at_least) for n in sizes)
+
+
+def _tile_counts(
+    canvas: Sequence[int], tile: Sequence[int], shift: Sequence[int]
+) -> tuple[int, ...]:
+    """Tiles in each dimension."""
+    return tuple(-(-(n + s) // t) for n, t, s in zip(canvas, tile, shift, strict=True))
 
 
 def _along(where: str, x: Any, axis: int, length: int, what: str) -> Array:

@@ -93,10 +93,11 @@ def neighborhood(
 ) -> MaskMod:
     """Neighbourhood of tokens that stand in any order, such as tile by tile.
 
-    The mask of `neighborhood_2d` and `neighborhood_3d`, permuted: it reads each slot's coordinates
-    from small tables. A dilated window takes every `dilation`-th key of a dimension, among the keys
-    whose coordinate has the query's remainder. Empty slots of the keys are seen by nothing; what is
-    computed for empty slots of the queries means nothing, and `CanvasOrder.restore` drops it.
+    The mask of `neighborhood_2d` and `neighborhood_3d`, permuted: it computes each slot's coordinates
+    where tiles have sizes that are powers of two, and reads them from small tables elsewhere. A
+    dilated window takes every `dilation`-th key of a dimension, among the keys whose coordinate has
+    the query's remainder. Empty slots of the keys are seen by nothing; what is computed for empty
+    slots of the queries means nothing, and `CanvasOrder.restore` drops it.
 
     Args:
         order: the order of queries and keys.
@@ -144,14 +145,17 @@ def neighborhood(
         jnp.asarray(_first_keys(x, n, k, d))
         for x, n, k, d in zip(order.coordinates, canvas, sizes, steps, strict=True)
     ]
-    keys = [jnp.asarray(x) for x in kv_order.coordinates]
     q_class, kv_class = (jnp.asarray(_remainders(o.coordinates, steps)) for o in (order, kv_order))
     dilated = any(d > 1 for d in steps)
 
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         allowed = True
-        for start, place, span in zip(first, keys, spans, strict=True):
-            low, key = start[q_idx], place[kv_idx]
+        if dilated:
+            lows = [start[q_idx] for start in first]
+        else:
+            queries = zip(order.coordinates_at(q_idx), canvas, sizes, strict=True)
+            lows = [_start(place, n, k) for place, n, k in queries]
+        for low, key, span in zip(lows, kv_order.coordinates_at(kv_idx), spans, strict=True):
             allowed = allowed & (low <= key) & (key <= low + span)
         return allowed & (q_class[q_idx] == kv_class[kv_idx]) if dilated else allowed
 
@@ -211,8 +215,13 @@ def _remainders(coordinates: np.ndarray, dilation: tuple[int, ...]) -> np.ndarra
 
 def near(query: Any, key: Any, length: int, window: int) -> Any:
     """Whether `key` lies in the window of `query` along one dimension."""
-    start = jnp.clip(query - window // 2, 0, length - window)
+    start = _start(query, length, window)
     return (start <= key) & (key < start + window)
+
+
+def _start(query: Any, length: int, window: int) -> Any:
+    """Where the window of a query starts along one dimension; off the canvas it is that of the nearest token."""
+    return jnp.clip(query - window // 2, 0, length - window)
 
 
 def _check_window(where: str, name: str, window: int, length: int) -> int:

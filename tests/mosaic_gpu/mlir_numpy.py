@@ -147,6 +147,14 @@ def _saturate(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
     return convert
 
 
+def _packed(dtype: Any) -> Callable[..., np.ndarray]:
+    def pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        pairs = np.stack([low, high], axis=1).astype(dtype)
+        return np.ascontiguousarray(pairs).view(np.int32)[:, 0]
+
+    return pack
+
+
 def _of_lanes(values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
     """Each thread's value from another lane of its warp."""
     return values[np.arange(THREADS) // 32 * 32 + lanes]
@@ -162,8 +170,11 @@ _ASM = {
     "rcp.approx.ftz.f32": _in_double(np.reciprocal),
     "rsqrt.approx.f32": _in_double(lambda x: 1 / np.sqrt(x)),
     "sin.approx.f32": _in_double(np.sin),
+    "shl.b32": lambda x, n: np.where(n.view(np.uint32) < 32, x << (n & 31), 0).astype(np.int32),
     "sqrt.approx.f32": _in_double(np.sqrt),
     "tanh.approx.f32": _in_double(np.tanh),
+    "cvt.rn.bf16x2.f32": _packed(bfloat16),
+    "cvt.rn.f16x2.f32": _packed(np.float16),
     "cvt.rn.f32.s32": lambda x: x.astype(np.float32),
     "cvt.rzi.s32.f32": _saturate(np.int32),
     "cvt.rzi.u32.f32": _saturate(np.uint32),

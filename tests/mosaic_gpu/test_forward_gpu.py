@@ -72,6 +72,20 @@ def dense_bias(score, b, h, q_idx, kv_idx):
     return score + values[h, q_idx, kv_idx]
 
 
+def steep(score, b, h, q_idx, kv_idx):
+    return score + 10.0 * (kv_idx - q_idx)
+
+
+def per_batch_and_head(score, b, h, q_idx, kv_idx):
+    slopes = jnp.asarray([[0.5, -0.25, 0.0], [2.0, -1.0, 1e30]])
+    return score - slopes[b, h] * (q_idx - 2 * kv_idx + 3)
+
+
+def rows_apart(q, k, v):
+    """Every other 8 queries have scores that are larger by far."""
+    return q * np.where(np.arange(q.shape[2]) // 8 % 2 == 0, 40.0, 0.5)[:, None], k, v
+
+
 def larger_keys(q, k, v):
     """Scores grow by hundreds from the first block of keys to the last."""
     return q, k * np.linspace(0.1, 30.0, k.shape[2])[:, None], v
@@ -209,6 +223,33 @@ SCORES = [
     Case("max_scores_no_mods", q_len=333, heads=2, max_scores=True, dim=128),
 ]
 
+CANVAS = (16, 64)
+TILES = masks.tiled_order(CANVAS, (8, 16))
+SHIFTED = masks.tiled_order(CANVAS, (8, 16), shift=(0, 6))
+SQUARES = masks.tiled_order(CANVAS, (8, 8))
+
+# Linear biases, which the softmax takes into its exponents, and masks that become words of bits.
+BIASES = [
+    Case("alibi_window", score=scores.alibi(4), mask=masks.sliding_window(300), q_len=900, heads=4),
+    Case("alibi_float16", score=scores.alibi(4), mask=causal, q_len=700, heads=4, dtype="float16"),
+    Case("alibi_documents", score=scores.alibi(2), mask=document, q_len=1007, heads=2, dim=128),
+    Case("steep", score=steep, mask=causal, q_len=400, dim=128),
+    Case("bias_by_batch_and_head", score=per_batch_and_head, q_len=333, heads=3, batch=2),
+    Case("rows_apart", score=relative, edit=rows_apart, q_len=500),
+    Case("rows_apart_window", score=relative, mask=masks.sliding_window(200, 50), edit=rows_apart, q_len=700),
+    Case("rows_apart_float16", score=later_keys_win, edit=rows_apart, q_len=500, dtype="float16"),
+    Case("far_keys", score=relative, q_len=64, kv_len=20000),
+    Case("bias_negative_scale", score=relative, scale=-0.3, q_len=300),
+    Case("bias_max_scores", score=relative, q_len=300, max_scores=True),
+    Case("bias_empty_rows", score=later_keys_win, mask=some_empty_rows, q_len=600),
+    Case("image_in_tiles", mask=masks.neighborhood(TILES, (5, 13)), q_len=1024, heads=2),
+    Case("image_shifted_keys", mask=masks.neighborhood(TILES, (5, 13), kv_order=SHIFTED), q_len=1024,
+         kv_len=SHIFTED.length, score=later_keys_win, dim=128),
+    Case("image_in_squares", mask=masks.neighborhood(SQUARES, (7, 7)), q_len=1024, block=(64, 64)),
+    Case("image_in_squares_128", mask=masks.neighborhood(SQUARES, (7, 7)), q_len=1024, dtype="float16"),
+    Case("image_by_rows", mask=masks.neighborhood_2d((8, 128), (3, 13)), q_len=1024, block=(128, 64)),
+]  # fmt: skip
+
 OPTIONS = [
     Case(f"options_{'_'.join(f'{k}_{v}' for k, v in o.items())}", mask=causal, q_len=700, heads=2,
          options=o, dim=d)
@@ -245,7 +286,7 @@ LAYOUTS = [
 ]
 
 
-@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *OPTIONS, *SELF_LOADING, *LAYOUTS)
+@cases(*LENGTHS, *HEADS, *DIMS, *BLOCKS, *SCORES, *BIASES, *OPTIONS, *SELF_LOADING, *LAYOUTS)
 def test_forward(case):
     check(case)
 

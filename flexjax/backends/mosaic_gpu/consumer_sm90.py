@@ -18,6 +18,7 @@ from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
+from flexjax.backends.mosaic_gpu.trusting import Bias
 
 
 class Accumulation(NamedTuple):
@@ -50,6 +51,27 @@ class Work(NamedTuple):
     position: TilePosition
     steps: Steps
     begin: Any
+
+
+class _Allowed(NamedTuple):
+    """What a mask allows in a tile; see `emit.mask_on_tile`."""
+
+    elements: Any
+    words: Any
+
+    def everything_if(self, condition: Any) -> _Allowed:
+        """The same, or everything."""
+        elements = self.elements | jnp.broadcast_to(condition, self.elements.shape)
+        if self.words is None:
+            return _Allowed(elements, None)
+        everything = jnp.where(condition, jnp.uint32(2**32 - 1), jnp.uint32(0))
+        return _Allowed(elements, self.words | jnp.broadcast_to(everything, self.words.shape))
+
+    def of(self, scores: Any) -> Any:
+        """Scores with -inf elsewhere."""
+        if self.words is None:
+            return jnp.where(self.elements, scores, -jnp.inf)
+        return registers.hidden(scores, self.elements, self.words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +115,29 @@ class Consumer:
         first_key = steps.first_key(0)
         allowed = self._allowed(position, first_key)
         if allowed is not None:  # the mask does not count in full blocks
-            allowed = allowed | jnp.broadcast_to(steps.masked == 0, allowed.shape)
+            allowed = allowed.everything_if(steps.masked == 0)
         plgpu.barrier_wait(buffers.query_full.at[self.warpgroup])
         stage = kernel.stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = self._raw_scores(stage)
         self._key_read(work, 0, self._following(work, 0))
-        scores = self._scores(scores, position, first_key, masked=True)
+        slope = self._slope(position)
+        if slope is None:
+            scores = self._scores(scores, position, first_key, masked=True)
         scores = self._hide(scores, allowed, first_key)
         state = kernel.softmax.start(WARPGROUP_ROWS)
-        p, state, _ = kernel.softmax.searching(scores, state)
+        if slope is None:
+            p, state, _ = kernel.softmax.searching(scores, state)
+        else:
+            bias = self._bias(slope, position, first_key)
+            p, state, _ = kernel.softmax.trusting(
+                scores, state, None, bias, kernel.scores.before, first=True
+            )
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
         carry = Accumulation(zeros, p.astype(kernel.problem.q_dtype), state)
 
         def step(masked: bool) -> Any:
-            return lambda i, carry: self._step(work, i, carry, masked)
+            return lambda i, carry: self._step(work, slope, i, carry, masked)
 
         if kernel.has_masked_steps:
             carry = lax.fori_loop(1, steps.masked, step(True), carry)
@@ -126,7 +156,9 @@ class Consumer:
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _step(self, work: Work, number: Any, carry: Accumulation, masked: bool) -> Accumulation:
+    def _step(
+        self, work: Work, slope: Any, number: Any, carry: Accumulation, masked: bool
+    ) -> Accumulation:
         """Scores and softmax of step `number` of a tile; the product with the values of the one before."""
         kernel, buffers, softmax = self.kernel, self.buffers, self.kernel.softmax
         position = work.position
@@ -156,17 +188,25 @@ class Consumer:
             neighbour = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
             registers.give_turn_to(neighbour)
         early = masked and kernel.mask_loads
+        # Which rows see a key is not known in words then: rows without a reference would start over every time.
+        bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None
         plgpu.wgmma_wait(1)
         # The optimization barriers tie values to the waits, which they do not depend on otherwise.
         scores = lax.optimization_barrier(scores)
         self._key_read(work, number, following)
-        scores = self._scores(scores, position, first_key, masked)
+        if bias is None:
+            scores = self._scores(scores, position, first_key, masked)
         if masked:
             allowed = allowed if early else self._allowed(position, first_key)
             scores = self._hide(scores, allowed, first_key)
-        update = softmax.searching if masked else softmax.trusting
-        p, state, alpha = lax.optimization_barrier(update(scores, carry.state))
+        if early:
+            new = softmax.searching(scores, carry.state)
+        else:
+            words = None if allowed is None else allowed.words
+            before = 1.0 if bias is None else kernel.scores.before
+            new = softmax.trusting(scores, carry.state, words, bias, before)
+        p, state, alpha = lax.optimization_barrier(new)
         registers.keep_above_next_wait(state.total)
         plgpu.wgmma_wait(0)
         out = lax.optimization_barrier(out)
@@ -265,7 +305,7 @@ class Consumer:
             score=scores,
             b=position.b,
             h=position.h,
-            q_start=position.q * kernel.config.q_tile + self.warpgroup * WARPGROUP_ROWS,
+            q_start=self._first_query(position),
             kv_start=kernel.schedule.inside(first_key),
             q_size=WARPGROUP_ROWS,
             kv_size=kv_tile,
@@ -285,18 +325,40 @@ class Consumer:
         tile = self._tile_inputs(scores, position, first_key, masked)
         return emit.on_tile(graph, self.inputs.score_captures, tile)[0]
 
-    def _allowed(self, position: TilePosition, first_key: Any) -> Any:
+    def _first_query(self, position: TilePosition) -> Any:
+        return position.q * self.kernel.config.q_tile + self.warpgroup * WARPGROUP_ROWS
+
+    def _slope(self, position: TilePosition) -> Any:
+        """The slope of a linear bias, in units of log2; None without one."""
+        bias = self.kernel.bias
+        if bias is None:
+            return None
+        tile = self._tile_inputs(None, position, jnp.int32(0), masked=False)
+        (slope,) = emit.evaluate_on_tile(bias.slope, self.inputs.score_captures, tile)
+        return jnp.clip(slope.value * self.kernel.softmax.factor, -bias.most_slope, bias.most_slope)
+
+    def _bias(self, slope: Any, position: TilePosition, first_key: Any) -> Bias | None:
+        """The linear bias of a tile."""
+        if slope is None:
+            return None
+        assert self.kernel.bias is not None, "only biases have slopes"
+        index = self.kernel.bias.index
+        first_key = self.kernel.schedule.inside(first_key)
+        corner = index.at(self._first_query(position), first_key)
+        return Bias(slope, corner, index.of_q, index.of_kv)
+
+    def _allowed(self, position: TilePosition, first_key: Any) -> _Allowed | None:
         """What the mask allows in a tile; None without a mask."""
         mask = self.kernel.problem.mask
         if mask is None:
             return None
         tile = self._tile_inputs(None, position, first_key, masked=True)
-        return emit.on_tile(mask, self.inputs.mask_captures, tile)[0]
+        return _Allowed(*emit.mask_on_tile(mask, self.inputs.mask_captures, tile))
 
-    def _hide(self, scores: Any, allowed: Any, first_key: Any) -> Any:
+    def _hide(self, scores: Any, allowed: _Allowed | None, first_key: Any) -> Any:
         """Scores with -inf where the mask, or the end of the keys, hides them."""
         if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
+            scores = allowed.of(scores)
         if self.kernel.schedule.overhang:
             offset = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
             end = self.kernel.problem.kv_len - first_key
@@ -310,18 +372,22 @@ class Consumer:
         kernel, config = self.kernel, self.kernel.config
         inverse, lse, maxima = kernel.softmax.finish(state)
         out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+        out = out.astype(kernel.problem.q_dtype)
         if kernel.problem.blocks is not None:
-            out = jnp.where(jnp.broadcast_to(has_keys, out.shape), out, 0.0)
+            if config.interpret:
+                out = jnp.where(jnp.broadcast_to(has_keys, out.shape), out, jnp.zeros_like(out))
+            else:
+                out = registers.zero_unless(has_keys, out)
             lse, maxima = (
                 jnp.where(jnp.broadcast_to(has_keys, x.shape), x, -jnp.inf) for x in (lse, maxima)
             )
-        first = position.q * config.q_tile + self.warpgroup * WARPGROUP_ROWS
+        first = self._first_query(position)
         if self.buffers.out:
             buffer = self.buffers.out[0].at[self.warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         else:
             buffer = self._query
-        buffer[...] = out.astype(kernel.problem.q_dtype)
+        buffer[...] = out
         plgpu.commit_smem()
         where = rows(
             kernel.problem, self.outputs.out, position.b, position.h, first, WARPGROUP_ROWS

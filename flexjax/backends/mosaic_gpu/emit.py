@@ -24,6 +24,7 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import lanes, loads, placement, tile_ops
 from flexjax.backends.mosaic_gpu.lanes import Lane
 from flexjax.backends.mosaic_gpu.program import Program, TileType
+from flexjax.backends.mosaic_gpu.row_words import RowWords
 from flexjax.mods.graph import COLUMN, ROW, SCALAR, TILE, Graph, Node
 from flexjax.mods.ops import OPS
 
@@ -150,22 +151,76 @@ def evaluate_on_tile(graph: Graph, refs: Sequence[Any], inputs: TileInputs) -> l
 def _inlined(graph: Graph, refs: Sequence[Any], inputs: TileInputs) -> Sequence[jax.Array]:
     tile = inputs.type
     program = Program(graph, tile)
-    args: list[Any] = [inputs.scalar(name) for name in program.scalars]
-    arg_types: list[Any] = [plgpu.Layout.WG_SPLAT] * len(args)
-    if program.has_score:
-        args.append(plgpu.layout_cast(inputs.score, inputs.layout))
-        arg_types.append(inputs.layout)
-    used = refs[: len(graph.captures)]
+    args, arg_types, used = _arguments(program, refs, inputs)
     results = []
     for position in graph.outputs:
         node = graph.nodes[position]
         layout = tile.layout_of(node.rank) or plgpu.Layout.WG_SPLAT
         dtype = tile_ops.carrier(node.dtype)
         results.append(plgpu.ShapeDtypeStruct(tile.shape_of(node.rank), dtype, layout))
-    call = plgpu.inline_mgpu(
-        arg_types=(*arg_types, *(plgpu.RefType() for _ in used)), return_type=tuple(results)
-    )
+    call = plgpu.inline_mgpu(arg_types=arg_types, return_type=tuple(results))
     return call(program)(*args, *used)
+
+
+def _arguments(
+    program: Program, refs: Sequence[Any], inputs: TileInputs
+) -> tuple[list[Any], tuple[Any, ...], Sequence[Any]]:
+    """A program's scalars and scores, the types of all its arguments, and the captures that it reads."""
+    args: list[Any] = [inputs.scalar(name) for name in program.scalars]
+    types: list[Any] = [plgpu.Layout.WG_SPLAT] * len(args)
+    if program.has_score:
+        args.append(plgpu.layout_cast(inputs.score, inputs.layout))
+        types.append(inputs.layout)
+    used = refs[: len(program.graph.captures)]
+    return args, (*types, *(plgpu.RefType() for _ in used)), used
+
+
+def mask_on_tile(
+    graph: Graph, refs: Sequence[Any], inputs: TileInputs
+) -> tuple[jax.Array, jax.Array | None]:
+    """What a mask allows in a tile: bool elements, and words of bits (row_words.py); both must allow.
+
+    Arguments as for `evaluate_on_tile`. Words are uint32, [q_size] in the layout of rows but different in each of
+    a row's four lanes; in the interpreter there are none.
+    """
+    if inputs.interpret:
+        return on_tile(graph, refs, inputs)[0], None
+    tile, program = inputs.type, Program(graph, inputs.type)
+    args, arg_types, used = _arguments(program, refs, inputs)
+    results = (
+        plgpu.ShapeDtypeStruct(tile.shape_of(TILE), jnp.bool_, tile.layout),
+        plgpu.ShapeDtypeStruct(tile.shape_of(ROW), jnp.uint32, tile.layout_of(ROW)),
+    )
+    call = plgpu.inline_mgpu(arg_types=arg_types, return_type=results)
+    allowed, words = call(functools.partial(emit_mask, program))(*args, *used)
+    return allowed, words
+
+
+def emit_mask(program: Program, ctx: Any, *args: Any) -> Sequence[Any]:
+    """What `mask_on_tile` inlines."""
+    del ctx
+    tile = program.tile
+    started = program.start(args, on_demand=True)
+    (output,) = program.graph.outputs
+    words, others = RowWords(started).terms(output)
+
+    def element(offsets: placement.Offsets) -> Lane:
+        allowed = lanes.const(True, lanes.BOOL)
+        for position in others:
+            rank = program.graph.nodes[position].rank
+            allowed = allowed & started.output(position, _projected(tile, rank, offsets))
+        return allowed
+
+    def word(offsets: placement.Offsets) -> Lane:
+        if words is None:
+            return lanes.const(-1, lanes.U32)
+        return words[started.offsets[ROW].index(offsets)]
+
+    layouts = tile.layout.to_mgpu(), tile.layout_of(ROW).to_mgpu()
+    return (
+        placement.pack(element, layouts[0], tile.shape_of(TILE), lanes.BOOL),
+        placement.pack(word, layouts[1], tile.shape_of(ROW), lanes.U32),
+    )
 
 
 def map_on_tile(

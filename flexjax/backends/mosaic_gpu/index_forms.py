@@ -14,7 +14,7 @@ import dataclasses
 import math
 
 from flexjax.backends.mosaic_gpu import lanes
-from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
+from flexjax.backends.mosaic_gpu.lanes import F32, I32, U32, Lane
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +37,7 @@ class _Base:
     lane: Lane
     bound: int | None
     divisor: int
+    natural: bool
 
 
 def _signed(value: int) -> int:
@@ -52,6 +53,7 @@ class Forms:
         self._interned: dict[tuple, Form] = {}
         self._sums: dict[tuple, Lane] = {}
         self._lanes: dict[int, Lane] = {}
+        self._quotients: dict[tuple, Form] = {}
 
     def _form(self, terms: dict[int, int], offset: int, real: bool = False) -> Form:
         items = ((base, _signed(c)) for base, c in terms.items())
@@ -63,10 +65,12 @@ class Forms:
     def constant(self, value: int) -> Form:
         return self._form({}, value)
 
-    def base(self, lane: Lane, bound: int | None = None, divisor: int = 1) -> Form:
-        """A value as a form of its own; |value| <= bound, and divisor divides it."""
+    def base(
+        self, lane: Lane, bound: int | None = None, divisor: int = 1, natural: bool = False
+    ) -> Form:
+        """A value as a form of its own: |value| <= bound, divisor divides it, natural ones are not negative."""
         if id(lane) not in self._of_lane:
-            self._bases.append(_Base(lane, bound, divisor))
+            self._bases.append(_Base(lane, bound, divisor, natural))
             self._of_lane[id(lane)] = self._form({len(self._bases) - 1: 1}, 0)
         return self._of_lane[id(lane)]
 
@@ -99,6 +103,44 @@ class Forms:
     def divisor(self, x: Form) -> int:
         """What divides the sum of the terms."""
         return math.gcd(*(self._bases[base].divisor * c for base, c in x.terms))
+
+    def divided(self, x: Form, by: int) -> tuple[Form, Form] | None:
+        """Quotient and remainder by a positive constant, where both are forms; None elsewhere.
+
+        That is where what the constant does not divide never carries over: of `16 i + j + 9`, with j at most 6,
+        the quotient by 16 is i and the remainder j + 9. So the elements of a tile share their quotients.
+        """
+        bound = self.bound(x)
+        bases = [self._bases[base] for base, _ in x.terms]
+        if x.real or bound is None or bound >= 2**31 or x.offset < 0:
+            return None
+        if not all(base.natural for base in bases) or not all(c > 0 for _, c in x.terms):
+            return None
+        multiples, rest = {}, {}
+        for (number, c), base in zip(x.terms, bases, strict=True):
+            (rest if base.divisor * c % by else multiples)[number] = c
+        remainder = self._form(rest, x.offset % by)
+        most = self.bound(remainder)
+        if most is None or most >= by:
+            return None
+        exact = {number: c // by for number, c in multiples.items() if c % by == 0}
+        quotient = self._form(exact, x.offset // by)
+        others = tuple((number, c) for number, c in multiples.items() if number not in exact)
+        if others:
+            quotient = self.add(quotient, self._quotient(self.of_terms(others), by))
+        return quotient, remainder
+
+    def _quotient(self, x: Form, by: int) -> Form:
+        """The quotient of a form that is not negative and that `by` divides."""
+        key = (x.terms, by)
+        if key not in self._quotients:
+            lane = lanes.cast(lanes.div(lanes.cast(self.lane(x), U32), by), I32)
+            bound = self.bound(x)
+            assert bound is not None, "divided() knows a bound"
+            self._quotients[key] = self.base(
+                lane, bound // by, max(self.divisor(x) // by, 1), natural=True
+            )
+        return self._quotients[key]
 
     def sum_of_terms(self, x: Form) -> Lane:
         """The form without its offset, as int32."""

@@ -12,6 +12,7 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import config as configs
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
 from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, tiles
+from flexjax.backends.mosaic_gpu.linear_bias import LinearBias, linear_bias
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E, Softmax
@@ -95,6 +96,15 @@ class Kernel:
         """How scores come from the products of queries and keys."""
         score = self.problem.score
         return simplify(None if score is None else score.forward, self.problem.scale)
+
+    @property
+    def bias(self) -> LinearBias | None:
+        """What the score_mod adds, where that happens in the exponents of the softmax."""
+        if not self.softmax.trusts:
+            return None
+        schedule, config = self.schedule, self.config
+        q_len, kv_len = schedule.q_tiles * config.q_tile, schedule.kv_tiles * config.kv_tile
+        return linear_bias(self.scores, q_len, kv_len)
 
     @property
     def has_masked_steps(self) -> bool:

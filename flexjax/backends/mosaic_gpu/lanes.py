@@ -253,6 +253,8 @@ FUNCTIONS: dict[str, Emit] = {name: getattr(mlir_math, name) for name in _LIBDEV
     "sin.approx": _ptx("sin.approx.f32"),
     "sqrt.approx": _ptx("sqrt.approx.f32"),
     "tanh.approx": _ptx("tanh.approx.f32"),
+    # Unlike LLVM's shift, this one is 0 for all amounts from 32 on.
+    "shl": _asm(lambda: _integer(32), "=r,r,r", "shl.b32 $0, $1, $2;"),
     # Of an int32 below 2**24. LLVM must not see it: it would turn to_float(i) + 8.0 into to_float(i + 8).
     "exact_float": _asm(_f32, "=f,r", "cvt.rn.f32.s32 $0, $1;"),
     # These saturate and take NaN to 0, as XLA does; LLVM's own conversions leave such inputs undefined.

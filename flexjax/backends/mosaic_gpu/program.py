@@ -17,8 +17,10 @@ from flexjax.backends.mosaic_gpu import lanes, loads, placement, special, tile_o
 from flexjax.backends.mosaic_gpu.index_forms import Form, Forms
 from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
 from flexjax.backends.mosaic_gpu.placement import Offsets
+from flexjax.mods import intervals
 from flexjax.mods.graph import COLUMN, ROW, SCALAR, TILE, Graph, Node
-from flexjax.mods.ops import COMPARISONS
+from flexjax.mods.intervals import Interval
+from flexjax.mods.ops import COMPARISONS, OPS
 
 assert special  # fills tile_ops.TABLE
 
@@ -84,7 +86,7 @@ class Program:
     def _inputs(self) -> frozenset[str]:
         return self.graph.depends
 
-    def start(self, args: Sequence[Any], on_demand: bool = False) -> _Run:
+    def start(self, args: Sequence[Any], on_demand: bool = False) -> Run:
         """Emits the program on its arguments; `on_demand`, what is computed once a score only when asked for."""
         scalars = {
             name: Lane(array.registers.item(), I32)
@@ -92,7 +94,7 @@ class Program:
         }
         rest = args[len(scalars) :]
         score = rest[0] if self.has_score else None
-        return _Run(self, scalars, score, rest[self.has_score :], on_demand)
+        return Run(self, scalars, score, rest[self.has_score :], on_demand)
 
     def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
         del ctx
@@ -124,7 +126,7 @@ class _OnDemand(dict[Offsets, Item]):
         return value
 
 
-class _Run:
+class Run:
     """One emission of a program."""
 
     def __init__(
@@ -150,6 +152,8 @@ class _Run:
         self._alignment = layout.vector_length if (0, 1) in places else 1
         self._origin = placement.origin(layout, shape)
         self._clamped = self._index_cone()
+        self._ranges = self._integer_ranges()
+        self._moved: dict[tuple[int, int], Form] = {}
         self.values: list[dict[Offsets, Item]] = []
         live = self._live()
         for position, node in enumerate(self.graph.nodes):
@@ -164,7 +168,8 @@ class _Run:
 
     # -- what to compute ------------------------------------------------------------------------
 
-    def _cone(self, roots: set[int]) -> set[int]:
+    def cone(self, roots: set[int]) -> set[int]:
+        """The nodes that these depend on, and these."""
         cone = set(roots)
         for position in reversed(range(len(self.graph.nodes))):
             if position in cone:
@@ -172,11 +177,29 @@ class _Run:
         return cone
 
     def _live(self) -> set[int]:
-        return self._cone(set(self.graph.outputs))
+        return self.cone(set(self.graph.outputs))
 
     def _index_cone(self) -> set[int]:
         """Nodes that an index of a load depends on: those must see no query or key past the end."""
-        return self._cone({a for node in self.graph.nodes if node.op == "load" for a in node.args})
+        return self.cone({a for node in self.graph.nodes if node.op == "load" for a in node.args})
+
+    def _integer_ranges(self) -> list[Interval | None]:
+        """What int32 nodes can be, from indices that reach over their limits by a tile at most."""
+        ranges: list[Interval | None] = []
+        limits = {"q": (self.tile.q_limit, ROW), "kv": (self.tile.kv_limit, COLUMN)}
+        for node in self.graph.nodes:
+            found = None
+            if node.op == "const" and node.dtype == I32:
+                found = (int(node["value"].value),) * 2
+            elif node.op == "input" and node["name"] in limits:
+                limit, rank = limits[node["name"]]
+                size = self.tile.shape_of(TILE)[self.tile.axis_of(rank)]
+                found = 0, max(limit, _LENGTH_FLOOR) + size
+            elif node.op in OPS and node.dtype == I32:
+                found = intervals.result_interval(node.op, [ranges[a] for a in node.args])
+            wraps = found is not None and max(-found[0] - 1, found[1]) >= 2**31
+            ranges.append(None if wraps else found)
+        return ranges
 
     # -- nodes ----------------------------------------------------------------------------------
 
@@ -192,7 +215,7 @@ class _Run:
             case "load":
                 return self._load(node)
             case _:
-                return self._elementwise(node)
+                return self._elementwise(position, node)
 
     def _input(self, position: int, name: str) -> dict[Offsets, Item]:
         if name == "score":
@@ -205,8 +228,11 @@ class _Run:
         size = self.tile.shape_of(TILE)[axis]
         bound = max(limit, _LENGTH_FLOOR)
         alignment = self._alignment if axis == 1 else 1
-        start = self.forms.base(self.scalars[f"{name}_start"], bound, size)
-        first = self.forms.add(start, self.forms.base(self._origin[axis], size, alignment))
+        start = self.forms.base(self.scalars[f"{name}_start"], bound, size, natural=True)
+        # The thread that begins last holds the last element.
+        most = size - 1 - max(o[0] for o in self.offsets[rank])
+        origin = self.forms.base(self._origin[axis], most, alignment, natural=True)
+        first = self.forms.add(start, origin)
         values: dict[Offsets, Item] = {}
         for offset in self.offsets[rank]:
             form = self.forms.add(first, self.forms.constant(offset[0]))
@@ -240,15 +266,28 @@ class _Run:
     def _form(self, item: Item) -> Form:
         return item if isinstance(item, Form) else self.forms.base(item)
 
-    def _elementwise(self, node: Node) -> dict[Offsets, Item]:
+    def clamped(self, form: Form, most: int) -> Form:
+        """A form moved between -most and most; the same for the same form."""
+        key = id(form), most
+        if key not in self._moved:
+            lane = lanes.minimum(lanes.maximum(self.forms.lane(form), -most), most)
+            self._moved[key] = self.forms.base(lane, most)
+        return self._moved[key]
+
+    def _elementwise(self, position: int, node: Node) -> dict[Offsets, Item]:
         sources, emit = self._fused(node) or (node.args, self._plain(node))
+        known = self._ranges[position]
         made: dict[tuple[int, ...], Item] = {}
 
         def value(offsets: Offsets) -> Item:
             args = [self._argument(a, offsets) for a in sources]
             key = tuple(map(id, args))
             if key not in made:
-                made[key] = emit(args)
+                result = emit(args)
+                if known is not None and isinstance(result, Lane):
+                    bound = max(abs(known[0]), abs(known[1]))
+                    result = self.forms.base(result, bound, natural=known[0] >= 0)
+                made[key] = result
             return made[key]
 
         if self.on_demand and node.rank == TILE:
@@ -314,6 +353,9 @@ class _Run:
                 return self.forms.scale(x, y.offset)
             case "mul" if node.dtype == I32 and not x.terms:
                 return self.forms.scale(y, x.offset)
+            case "div" | "rem" if node.dtype == I32 and not y.terms and y.offset > 0:
+                both = self.forms.divided(x, y.offset)
+                return both and both[node.op == "rem"]
             case "convert" if node.dtype == F32 and self.graph.nodes[node.args[0]].dtype == I32:
                 return self._exact(self.forms.as_real(x))
             case op if op in COMPARISONS and not x.real:

@@ -117,6 +117,55 @@ def partial_row_sums(tile: jax.Array) -> jax.Array:
     return sums(tile, like)
 
 
+def hidden(tile: jax.Array, allowed: jax.Array, words: jax.Array) -> jax.Array:
+    """The tile with -inf where it is not allowed, by elements and by words of bits (see row_words.py)."""
+    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, TILE, ROW), return_type=result)
+    def select(_: Any, x: Any, elements: Any, bits: Any) -> Any:
+        shown, zero = {}, _zero_at_run_time()
+        for row, conditions, word in zip(
+            registers_by_row(x), registers_by_row(elements), row_elements(bits), strict=True
+        ):
+            # After a logical operation ptxas would take the bits from its operands, one at a time.
+            word = arith.addi(word, zero)
+            for i, (register, condition) in enumerate(zip(row, conditions, strict=True)):
+                pair = [_with_bit(element(register, k), word, 2 * i + k) for k in range(2)]
+                pair = [_if(element(condition, k), value) for k, value in enumerate(pair)]
+                shown[id(register)] = vector.from_elements(register.type, pair)
+        registers = np.empty_like(x.registers)
+        for position, register in np.ndenumerate(x.registers):
+            registers[position] = shown[id(register)]
+        return fragment(registers, x.layout)
+
+    return select(tile, allowed, words)
+
+
+def _with_bit(x: ir.Value, word: ir.Value, bit: int) -> ir.Value:
+    """x, or -inf where the bit is 0: just so that ptxas moves seven bits to predicates at a time."""
+    return llvm.inline_asm(
+        ir.F32Type.get(),
+        [x, word],
+        "{ .reg .pred p; .reg .b32 t; "
+        f"and.b32 t, $2, {1 << bit:#x}; setp.ne.s32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }}",
+        "=f,f,r",
+        asm_dialect=0,
+        has_side_effects=False,
+    )
+
+
+def _if(condition: ir.Value, x: ir.Value) -> ir.Value:
+    """x, or -inf. LLVM would make two selections of `p and q ? x : -inf`; it does not see into this one."""
+    return llvm.inline_asm(
+        ir.F32Type.get(),
+        [x, condition],
+        "selp.f32 $0, $1, 0fFF800000, $2;",
+        "=f,f,b",
+        asm_dialect=0,
+        has_side_effects=False,
+    )
+
+
 def finish_row_sums(partial: jax.Array) -> jax.Array:
     """Row values from lane-partial sums."""
 
@@ -180,6 +229,27 @@ def zero_unless_allowed(tile: jax.Array, allowed: jax.Array) -> jax.Array:
     return select(tile, allowed)
 
 
+def zero_unless(condition: jax.Array, tile: jax.Array) -> jax.Array:
+    """A 16-bit tile, or zeros: by its words, as LLVM would select every element by itself."""
+    result = plgpu.ShapeDtypeStruct(tile.shape, tile.dtype, TILE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, TILE), return_type=result)
+    def zero(_: Any, bits: Any, x: Any) -> Any:
+        return _on_words(x, lambda word: arith.andi(word, bits.registers.item()))
+
+    return zero(jnp.where(condition, jnp.int32(-1), jnp.int32(0)), tile)
+
+
+def _on_words(tile: Any, operation: Callable[[ir.Value], ir.Value]) -> Any:
+    """A 16-bit tile after an operation on its pairs, as 32-bit words."""
+    kind = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    registers = np.empty_like(tile.registers)
+    for position, register in np.ndenumerate(tile.registers):
+        word = operation(element(vector.bitcast(kind, register), 0))
+        registers[position] = vector.bitcast(register.type, vector.from_elements(kind, [word]))
+    return fragment(registers, tile.layout)
+
+
 # -- holding the compiler's scheduler ---------------------------------------------------------------
 
 
@@ -212,18 +282,18 @@ def in_fresh_registers(tile: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=result)
     def move(_: Any, x: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-        zero = llvm.inline_asm(  # the grid has one axis
-            i32, [], "mov.u32 $0, %ctaid.y;", "=r", asm_dialect=0, has_side_effects=False
-        )
-        word = ir.VectorType.get((1,), i32)
-        registers = np.empty_like(x.registers)
-        for position, register in np.ndenumerate(x.registers):
-            moved = arith.ori(element(vector.bitcast(word, register), 0), zero)
-            registers[position] = vector.bitcast(register.type, vector.from_elements(word, [moved]))
-        return fragment(registers, x.layout)
+        zero = _zero_at_run_time()
+        return _on_words(x, lambda word: arith.ori(word, zero))
 
     return move(tile)
+
+
+def _zero_at_run_time() -> ir.Value:
+    """A zero that ptxas does not know to be one: the grid has one axis."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(
+        i32, [], "mov.u32 $0, %ctaid.y;", "=r", asm_dialect=0, has_side_effects=False
+    )
 
 
 # -- turns of warpgroups ----------------------------------------------------------------------------

@@ -7,10 +7,10 @@ arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691).
 
 m need not be the row's maximum: any m serves for which nothing overflows and the sum does not vanish. So
 
-- a step may leave m alone while the maximum has outgrown it by less than 2^`slack`, which spares most steps the
+- a step may leave m alone while the maximum has outgrown it by less than 2^8, which spares most steps the
   rescaling of the accumulator (FlashAttention-4 does so too);
 - a step may skip the search for the maximum (`trusting`), take the old m, and look at the sums: only a warp in
-  which one of them passes 2^`LIMIT`, or is NaN, or whose m is still -inf, finds the maximum and starts over.
+  which one of them passes 2^14, or is NaN, or whose m is still -inf, finds the maximum and starts over.
 
 Where the true maxima are asked for, neither is done.
 """
@@ -23,20 +23,14 @@ from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
-from jaxlib.mlir.dialects import math as mlir_math
 
 from flexjax.backends.mosaic_gpu import registers
-from flexjax.backends.mosaic_gpu.registers import ROW, TILE
+from flexjax.backends.mosaic_gpu.registers import ROW
+from flexjax.backends.mosaic_gpu.trusting import Bias, trusting_softmax
 
 LOG2_E = math.log2(math.e)
-SLACK = 8.0  # probabilities up to 2^8 and sums up to 2^14 stay far below float16's 65504
-LIMIT = 14
-
-_PACK = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
+SLACK = 8.0  # probabilities up to 2^8 stay far below float16's 65504
 
 
 class State(NamedTuple):
@@ -88,11 +82,36 @@ class Softmax:
         sums = p.sum(axis=1) if self.interpret else registers.partial_row_sums(p)
         return p, State(new, state.total * alpha + sums), alpha
 
-    def trusting(self, scores: Any, state: State) -> tuple[Any, State, Any]:
-        """The same from the old reference wherever that will do. Probabilities in `dtype`."""
-        if not self.trust or self.maxima or self.interpret:
+    @property
+    def trusts(self) -> bool:
+        """Whether `trusting` does."""
+        return self.trust and not self.maxima and not self.interpret
+
+    def trusting(
+        self,
+        scores: Any,
+        state: State,
+        words: Any = None,
+        bias: Bias | None = None,
+        before: float = 1.0,
+        first: bool = False,
+    ) -> tuple[Any, State, Any]:
+        """The same from the old reference wherever that will do. Probabilities in `dtype`.
+
+        Args:
+            scores: of the tile.
+            state: of the rows.
+            words: of a masked tile, the bits of the keys that a thread may see in a row (see row_words.py).
+            bias: what the scores still lack, where `trusts`.
+            before: a positive factor of the scores that they still lack.
+            first: whether no row has a reference yet.
+        """
+        if not self.trusts:
             return self.searching(scores, state)
-        p, sums, reference, alpha = _trusting(scores, state.reference, self.factor, self.dtype)
+        factor = self.factor * before
+        p, sums, reference, alpha = trusting_softmax(
+            scores, state.reference, state.total, factor, self.dtype, words, bias, first
+        )
         return p, State(reference, state.total * alpha + sums), alpha
 
     def as_operand(self, p: Any) -> Any:
@@ -112,94 +131,3 @@ class Softmax:
         inverse = jnp.where(total == 0.0, 0.0, 1.0 / total)
         maxima = state.reference * (1.0 / LOG2_E)
         return inverse, maxima + jnp.log(total), maxima
-
-
-def _trusting(scores: Any, reference: Any, factor: float, dtype: Any) -> tuple[Any, Any, Any, Any]:
-    """(probabilities, lane-partial row sums, reference, alpha); see `Softmax.trusting`."""
-    row = registers.row_type(scores.shape[0])
-    tile = plgpu.ShapeDtypeStruct(scores.shape, dtype, TILE)
-
-    @plgpu.inline_mgpu(arg_types=(TILE, ROW), return_type=(tile, row, row, row))
-    def softmax(_: Any, x: Any, m: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-        rows, references = registers.registers_by_row(x), registers.row_elements(m)
-        c, minus_infinity = registers.f32(factor), registers.f32(-np.inf)
-
-        def exponentials(references: list[ir.Value]) -> tuple[list[ir.Value], list[ir.Value]]:
-            """Pairs of probabilities, packed, in the order of the rows' registers; and the row sums."""
-            words, sums = [], []
-            for row, reference in zip(rows, references, strict=True):
-                shift, chains = arith.negf(reference), None
-                for register in row:
-                    pair = [
-                        registers.exp2(mlir_math.fma(registers.element(register, k), c, shift))
-                        for k in range(2)
-                    ]
-                    chains = pair if chains is None else list(map(arith.addf, chains, pair))
-                    words.append(_pack(pair, dtype))
-                sums.append(arith.addf(*chains))
-            return words, sums
-
-        def is_minus_infinity(value: ir.Value) -> ir.Value:
-            return arith.cmpf(arith.CmpFPredicate.OEQ, value, minus_infinity)
-
-        words, sums = exponentials(references)
-        limit = registers.f32(2.0**LIMIT)
-        unfit = [arith.cmpf(arith.CmpFPredicate.UGT, total, limit) for total in sums]
-        unfit += map(is_minus_infinity, references)
-        start_over = unfit[0]
-        for condition in unfit[1:]:
-            start_over = arith.ori(start_over, condition)
-        results = [i32] * len(words) + [ir.F32Type.get()] * 6
-        branch = scf.IfOp(registers.any_in_warp(start_over), results, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            maxima, alphas, safe = [], [], []
-            for row, old in zip(rows, references, strict=True):
-                chains = [registers.element(row[0], k) for k in range(2)]
-                for register in row[1:]:
-                    chains = [
-                        arith.maximumf(a, registers.element(register, k))
-                        for k, a in enumerate(chains)
-                    ]
-                top = registers.across_lanes(arith.maximumf, arith.maximumf(*chains))
-                new = arith.maximumf(old, arith.mulf(top, c))
-                maxima.append(new)
-                safe.append(arith.select(is_minus_infinity(new), registers.f32(0.0), new))
-                alphas.append(registers.exp2(arith.subf(old, safe[-1])))
-            again, sums_again = exponentials(safe)
-            scf.yield_([*again, *sums_again, *maxima, *alphas])
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_([*words, *sums, *references, registers.f32(1.0), registers.f32(1.0)])
-        values = list(branch.results)
-        p = _tile_of_words(x, rows, values[: len(words)], dtype)
-        tails = (values[len(words) + i : len(words) + i + 2] for i in (0, 2, 4))
-        return (p, *(registers.row_fragment(m, tail) for tail in tails))
-
-    return softmax(scores, reference)
-
-
-def _pack(pair: list[ir.Value], dtype: Any) -> ir.Value:
-    """Two float32 numbers, rounded, in one 32-bit word."""
-    return llvm.inline_asm(
-        ir.IntegerType.get_signless(32),
-        [pair[1], pair[0]],
-        f"{_PACK[np.dtype(dtype).name]} $0, $1, $2;",
-        "=r,f,f",
-        asm_dialect=0,
-        has_side_effects=False,
-    )
-
-
-def _tile_of_words(like: Any, rows: list[list[Any]], words: list[ir.Value], dtype: Any) -> Any:
-    """The tile whose registers, row by row as in `rows`, are the packed pairs `words`."""
-    low = {"bfloat16": ir.BF16Type, "float16": ir.F16Type}[np.dtype(dtype).name].get()
-    one, pair = (
-        ir.VectorType.get((1,), ir.IntegerType.get_signless(32)),
-        ir.VectorType.get((2,), low),
-    )
-    word_of = dict(zip((id(r) for row in rows for r in row), words, strict=True))
-    out = np.empty_like(like.registers)
-    for position, register in np.ndenumerate(like.registers):
-        word = vector.from_elements(one, [word_of[id(register)]])
-        out[position] = vector.bitcast(pair, word)
-    return registers.fragment(out, like.layout)
