@@ -142,7 +142,14 @@ def takes_positional(function: Any, count: int) -> bool:
 class HiPrim(hijax.HiPrim):
     """A primitive with its own rules for every transformation, of flat tuples of arrays."""
 
+    @property
+    def has_effects(self) -> bool:
+        """Whether computing it has effects, such as the callbacks of Pallas' interpreters."""
+        return False
+
     def __call__(self, *args: Any) -> Any:
+        if self.has_effects:  # which only JAX's own primitive passes on
+            return super().__call__(*args)
         return tuple(_rules_p.bind(*args, _prim=self))
 
 

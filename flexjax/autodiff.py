@@ -258,7 +258,15 @@ def _replaced(leaves: Sequence[Any], which: Sequence[int], values: Sequence[Any]
 # -- primitives -------------------------------------------------------------------------------------
 
 
-class Attention(_compat.HiPrim):
+class _Primitive(_compat.HiPrim):
+    call: Call
+
+    @property
+    def has_effects(self) -> bool:
+        return self.call.problem.option("interpret", False)
+
+
+class Attention(_Primitive):
     """(operands...) -> (out, lse[, max_scores])."""
 
     def __init__(self, call: Call, avals: Sequence[Any]):
@@ -295,7 +303,7 @@ class Attention(_compat.HiPrim):
         return tuple(unfold(o, axis_data.size) for o in outs), (0,) * len(outs)
 
 
-class AttentionBackward(_compat.HiPrim):
+class AttentionBackward(_Primitive):
     """(operands..., out, lse, d_out, d_lse) -> gradients of the float operands."""
 
     def __init__(self, call: Call, avals: Sequence[Any]):
@@ -338,7 +346,7 @@ class AttentionBackward(_compat.HiPrim):
         return outs, (0,) * len(outs)
 
 
-class AttentionTangent(_compat.HiPrim):
+class AttentionTangent(_Primitive):
     """(operands..., out, lse, tangents of the float operands...) -> tangents of the result."""
 
     def __init__(self, call: Call, avals: Sequence[Any]):
