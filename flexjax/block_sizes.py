@@ -18,9 +18,9 @@ from flexjax.block_lists import EMPTY, FULL, PARTIAL, Geometry
 AUTO = "auto"
 
 # Time of a score in blocks of these sizes, relative to the first: the forward kernel at 64 numbers a head on an
-# H100 (128 x 64: benchmarks/results/h100, suite tune, variant rel_bias; 64 queries: benchmarks/NOTES.md, short rows).
-# Smaller blocks cost more a score, for what is done once a block, and because fewer queries share keys that were
-# loaded.
+# H100 (128 x 64: benchmarks/results/h100, suite tune, variant rel_bias; 64 queries: benchmarks/NOTES.md, short
+# rows). Smaller blocks cost more a score, for what is done once a block, and because fewer queries share keys that
+# were loaded.
 COSTS = {(128, 128): 1.0, (128, 64): 1.21, (64, 128): 1.17, (64, 64): 1.17}
 FINEST = (64, 64)
 

@@ -13,12 +13,12 @@ ROW = plgpu.Layout.WGMMA.reduce(1).to_mgpu()
 FACTOR, SLOPE, CORNER = 0.18, 1.4427, 100
 
 
-def _started_over(scores, dtype, of_q, of_kv, references, totals):
+def _started_over(scores, dtype, of_q, of_kv, references, totals, slope=SLOPE):
     """(row sums, references, alphas) of rows that find their maxima; all have one reference and sum before."""
 
     def program(ctx, corner, tile):
         bias = trusting.Bias(None, None, of_q, of_kv)
-        linear = trusting._Linear.of(tile, bias, registers.f32(SLOPE), corner.registers.item())
+        linear = trusting._Linear.of(tile, bias, registers.f32(slope), corner.registers.item())
         given = [[registers.f32(value)] * 2 for value in (references, totals)]
         rows = registers.registers_by_row(tile)
         step = trusting._Step(rows, *given, FACTOR, np.dtype(dtype), linear)
@@ -75,3 +75,14 @@ def test_earlier_sums_do_not_vanish(above, shares):
     np.testing.assert_allclose(references[:8] - reference, above if shares else 0.0, atol=2e-4)
     np.testing.assert_allclose(references[8:16] - reference, above, atol=2e-4)
     np.testing.assert_allclose(alphas[:8], 2.0**-above if shares else 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("slope", [1e30, -1e30, 1e12, -1e12])
+def test_references_coarser_than_any_exponent(slope, dtype):
+    """One key outweighs all others by far, and the rounding of the reference by more than float32 holds."""
+    scores = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    sums, references, _ = _started_over(scores, dtype, -1, 1, -np.inf, 0.0, slope)
+    assert ((sums >= 2.0**-7) & (sums <= 2.0**7)).all()
+    q, last = np.arange(64), 63 if slope > 0 else 0
+    np.testing.assert_allclose(references, slope * (last - q + CORNER), rtol=1e-6)

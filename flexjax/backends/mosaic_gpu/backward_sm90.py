@@ -21,8 +21,8 @@ global memory are in an order of their own (dq_tiles.py).
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
 rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
 need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
-D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that itself,
-and two CTAs share a multiprocessor.
+D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that
+itself, and two CTAs share a multiprocessor.
 
 dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of
 its own (dq_sm90.py).

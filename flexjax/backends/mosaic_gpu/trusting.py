@@ -202,6 +202,8 @@ class _Step:
 
     def anew(self) -> list[ir.Value]:
         """The same after finding the maxima."""
+        if self.linear is not None:
+            return self._anew_with_bias(self.linear)
         new = self._raised()
         finite = self._finite(new)
         alphas = [
@@ -211,39 +213,73 @@ class _Step:
         packed, sums = self._exponentials(functools.partial(self._shifts, finite))
         return [*packed, *sums, *new, *alphas]
 
+    def _anew_with_bias(self, linear: _Linear) -> list[ir.Value]:
+        """The same with a linear bias, whose references are rounded as coarsely as the bias is large.
+
+        Exponents are those from the rounded reference, as in the steps to come, unless it is so far from the
+        maximum that they overflow or vanish: then scores a bit apart are worlds apart, and the maximum serves.
+        """
+        elements = self._biased(linear)
+        relative = self._raised_by_bias(linear, elements)
+        new = [linear.at_row(i, m) for i, m in enumerate(relative)]
+        finite = self._finite(new)
+        packed, sums, alphas = [], [], []
+        far = registers.f32(LIMIT / 2)
+        for i, row in enumerate(elements):
+            rounded = arith.negf(linear.at_row(i, arith.negf(finite[i])))
+            off = lanes.FUNCTIONS["abs"](arith.subf(rounded, relative[i]))
+            close = arith.cmpf(arith.CmpFPredicate.OLE, off, far)
+            close = arith.ori(close, _is_minus_infinity(relative[i]))
+            start = arith.select(close, rounded, relative[i])
+            pairs = [[registers.exp2(arith.subf(x, start)) for x in pair] for pair in row]
+            sums.append(
+                arith.addf(*functools.reduce(lambda a, b: list(map(arith.addf, a, b)), pairs))
+            )
+            packed += [_pack(pair, self.dtype) for pair in pairs]
+            alphas.append(registers.exp2(arith.subf(self.references[i], finite[i])))
+        return [*packed, *sums, *new, *alphas]
+
     def _raised(self) -> list[ir.Value]:
         """References that are not below what the rows' scores need."""
-        c, linear = registers.f32(self.factor), self.linear
-        tops = []
-        for row in self.rows:
-            pairs = [[registers.element(r, k) for k in range(2)] for r in row]
-            if linear is not None:
-                start = linear.at_lead()
-                pairs = [
-                    [
-                        mlir_math.fma(x, c, s)
-                        for x, s in zip(pair, linear.at_keys(start, i), strict=True)
-                    ]
-                    for i, pair in enumerate(pairs)
-                ]
-            chains = functools.reduce(lambda a, b: list(map(arith.maximumf, a, b)), pairs)
-            top = registers.across_lanes(arith.maximumf, arith.maximumf(*chains))
-            tops.append(top if linear is not None else arith.mulf(top, c))
-        if linear is None:
-            return list(map(arith.maximumf, self.references, tops))
-        # References less the bias at the tile's first key, as the maxima are.
+        c = registers.f32(self.factor)
+        tops = [arith.mulf(_top(self._elements(row)), c) for row in self.rows]
+        return list(map(arith.maximumf, self.references, tops))
+
+    def _raised_by_bias(
+        self, linear: _Linear, elements: list[list[list[ir.Value]]]
+    ) -> list[ir.Value]:
+        """The same less the bias at the tile's first key, as the elements are."""
+        tops = list(map(_top, elements))
         old = [arith.negf(linear.at_row(i, arith.negf(m))) for i, m in enumerate(self.references)]
         new = list(map(arith.maximumf, old, tops))
-        if shares_references(self.dtype):
-            own = [
-                arith.maximumf(top, arith.addf(m, lanes.FUNCTIONS["log2.approx"](_whole(total))))
-                for top, m, total in zip(tops, old, self.totals, strict=True)
+        if not shares_references(self.dtype):
+            return new
+        own = [
+            arith.maximumf(top, arith.addf(m, lanes.FUNCTIONS["log2.approx"](_whole(total))))
+            for top, m, total in zip(tops, old, self.totals, strict=True)
+        ]
+        shared = arith.maximumf(*new)
+        lowest = arith.subf(shared, registers.f32(_APART))
+        near = [arith.cmpf(arith.CmpFPredicate.OGE, x, lowest) for x in own]
+        return [arith.select(arith.andi(*near), shared, m) for m in new]
+
+    def _biased(self, linear: _Linear) -> list[list[list[ir.Value]]]:
+        """Exponents of the rows' pairs, less the bias at the tile's first key."""
+        c, start = registers.f32(self.factor), linear.at_lead()
+        return [
+            [
+                [
+                    mlir_math.fma(x, c, s)
+                    for x, s in zip(pair, linear.at_keys(start, i), strict=True)
+                ]
+                for i, pair in enumerate(self._elements(row))
             ]
-            shared = arith.maximumf(*new)
-            lowest = arith.subf(shared, registers.f32(_APART))
-            near = [arith.cmpf(arith.CmpFPredicate.OGE, x, lowest) for x in own]
-            new = [arith.select(arith.andi(*near), shared, m) for m in new]
-        return [linear.at_row(i, m) for i, m in enumerate(new)]
+            for row in self.rows
+        ]
+
+    def _elements(self, row: list[ir.Value]) -> list[list[ir.Value]]:
+        """The pairs of scores in a row's registers."""
+        return [[registers.element(r, k) for k in range(2)] for r in row]
 
     def _finite(self, references: list[ir.Value]) -> list[ir.Value]:
         """Of a row of -inf only, anything finite gives exponentials of zero rather than of -inf + inf."""
@@ -291,6 +327,12 @@ class _Step:
 
 def _is_minus_infinity(value: ir.Value) -> ir.Value:
     return arith.cmpf(arith.CmpFPredicate.OEQ, value, registers.f32(-np.inf))
+
+
+def _top(pairs: list[list[ir.Value]]) -> ir.Value:
+    """The maximum of a row."""
+    chains = functools.reduce(lambda a, b: list(map(arith.maximumf, a, b)), pairs)
+    return registers.across_lanes(arith.maximumf, arith.maximumf(*chains))
 
 
 def _whole(partial: ir.Value) -> ir.Value:
