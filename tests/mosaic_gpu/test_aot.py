@@ -56,7 +56,7 @@ GROUPS = {"forward": VARIANTS, "decode": DECODE_VARIANTS, "backward": BACKWARD_V
 
 
 # Numbers of the size (B, H, L) that passes may hold for a while: logsumexp, D, sums of captured gradients.
-STATISTICS = 4
+STATISTICS = 6
 
 
 def _temporary_bytes_allowed(group: str, options: dict) -> float:
