@@ -46,10 +46,10 @@ def _parsed(*arguments: str) -> settings.Settings:
 @pytest.mark.parametrize(
     ("arguments", "cases"),
     [
-        ([], {"D128": 9, "D64": 9, "D256": 1, "S32768": 1, "S131072": 1}),
+        ([], {"D128": 10, "D64": 10, "D256": 1, "S32768": 1, "S131072": 1}),
         (["--variants", "causal"], {"D128": 1, "D64": 1, "D256": 1}),
         (["--variants", "noop,causal", "--shapes", "D256"], {"D256": 2}),
-        (["--shapes", "D64"], {"D64": 9}),
+        (["--shapes", "D64"], {"D64": 10}),
     ],
     ids=["all", "filtered", "product", "one shape"],
 )
