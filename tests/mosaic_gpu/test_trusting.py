@@ -13,7 +13,7 @@ ROW = plgpu.Layout.WGMMA.reduce(1).to_mgpu()
 FACTOR, SLOPE, CORNER = 0.18, 1.4427, 100
 
 
-def _started_over(scores, dtype, of_q, of_kv, references, totals, slope=SLOPE):
+def _started_over(scores, dtype, of_q, of_kv, references, totals, slope=SLOPE, corner=CORNER):
     """(row sums, references, alphas) of rows that find their maxima; all have one reference and sum before."""
 
     def program(ctx, corner, tile):
@@ -30,7 +30,7 @@ def _started_over(scores, dtype, of_q, of_kv, references, totals, slope=SLOPE):
             placement.pack(lambda o, v=v: Lane(v[o[0] // 8], F32), ROW, (64,), F32) for v in results
         ]
 
-    return run_program(program, [CORNER], scores, [])
+    return run_program(program, [corner], scores, [])
 
 
 def _logsumexp(exponents):
@@ -86,3 +86,13 @@ def test_references_coarser_than_any_exponent(slope, dtype):
     assert ((sums >= 2.0**-7) & (sums <= 2.0**7)).all()
     q, last = np.arange(64), 63 if slope > 0 else 0
     np.testing.assert_allclose(references, slope * (last - q + CORNER), rtol=1e-6)
+
+
+@pytest.mark.parametrize("slope", [1e30, 3.7e29, 1.1e12])
+def test_references_that_are_not_raised_stay_to_the_bit(slope):
+    scores = np.zeros((64, 64), np.float32)
+    earlier = float(np.float32(slope * 1234.5))  # of keys far behind this tile
+    sums, references, alphas = _started_over(scores, "bfloat16", -1, 1, earlier, 1.0, slope, -3001)
+    assert (references == np.float32(earlier)).all()
+    assert (alphas == 1.0).all()
+    assert (sums == 0.0).all()

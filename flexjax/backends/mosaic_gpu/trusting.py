@@ -220,8 +220,7 @@ class _Step:
         maximum that they overflow or vanish: then scores a bit apart are worlds apart, and the maximum serves.
         """
         elements = self._biased(linear)
-        relative = self._raised_by_bias(linear, elements)
-        new = [linear.at_row(i, m) for i, m in enumerate(relative)]
+        relative, new = self._raised_by_bias(linear, elements)
         finite = self._finite(new)
         packed, sums, alphas = [], [], []
         far = registers.f32(LIMIT / 2)
@@ -247,21 +246,28 @@ class _Step:
 
     def _raised_by_bias(
         self, linear: _Linear, elements: list[list[list[ir.Value]]]
-    ) -> list[ir.Value]:
-        """The same less the bias at the tile's first key, as the elements are."""
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """The same, first less the bias at the tile's first key, as the elements are, then as they are kept.
+
+        One that is not raised stays what it is to the bit: its rounding may be more than an exponent holds.
+        """
         tops = list(map(_top, elements))
         old = [arith.negf(linear.at_row(i, arith.negf(m))) for i, m in enumerate(self.references)]
-        new = list(map(arith.maximumf, old, tops))
-        if not shares_references(self.dtype):
-            return new
-        own = [
-            arith.maximumf(top, arith.addf(m, lanes.FUNCTIONS["log2.approx"](_whole(total))))
-            for top, m, total in zip(tops, old, self.totals, strict=True)
-        ]
-        shared = arith.maximumf(*new)
-        lowest = arith.subf(shared, registers.f32(_APART))
-        near = [arith.cmpf(arith.CmpFPredicate.OGE, x, lowest) for x in own]
-        return [arith.select(arith.andi(*near), shared, m) for m in new]
+        relative = list(map(arith.maximumf, old, tops))
+        if shares_references(self.dtype):
+            own = [
+                arith.maximumf(top, arith.addf(m, lanes.FUNCTIONS["log2.approx"](_whole(total))))
+                for top, m, total in zip(tops, old, self.totals, strict=True)
+            ]
+            shared = arith.maximumf(*relative)
+            lowest = arith.subf(shared, registers.f32(_APART))
+            near = [arith.cmpf(arith.CmpFPredicate.OGE, x, lowest) for x in own]
+            relative = [arith.select(arith.andi(*near), shared, m) for m in relative]
+        kept = []
+        for i, (m, before) in enumerate(zip(relative, old, strict=True)):
+            same = arith.cmpf(arith.CmpFPredicate.OEQ, m, before)
+            kept.append(arith.select(same, self.references[i], linear.at_row(i, m)))
+        return relative, kept
 
     def _biased(self, linear: _Linear) -> list[list[list[ir.Value]]]:
         """Exponents of the rows' pairs, less the bias at the tile's first key."""
