@@ -43,7 +43,6 @@ CASES = (
     (8192, 64),
 )
 QUICK_CASES = ((64, 2),)
-LAYERS = 2
 CACHE_BYTES = 40e9  # larger caches do not fit beside a peer's temporaries
 FLOOR = 1e-3
 
@@ -79,7 +78,7 @@ def decode(arguments: argparse.Namespace) -> int:
     """Decoding steps; 1 if flexjax failed in any case, else 0."""
     pairs = list(pairs_of(arguments))
     log, progress = models.Log("infer", arguments), Progress(len(pairs))
-    config = models.config(arguments, LAYERS)
+    config = models.config(arguments)
     box = Box(config)
     plan = Plan(rounds=3, calls=2, warmup=1) if arguments.quick else Plan(rounds=7, calls=20)
     beside = copy(arguments.quick)
@@ -98,7 +97,7 @@ def pairs_of(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
         contexts, batches = arguments.contexts or (32768,), arguments.batches or (8,)
         cases = tuple((context, batch) for context in contexts for batch in batches)
     for context, batch in cases:
-        if cache_bytes(models.config(arguments, LAYERS), context, batch) <= CACHE_BYTES:
+        if cache_bytes(models.config(arguments), context, batch) <= CACHE_BYTES:
             yield context, batch
         else:
             print(

@@ -19,6 +19,7 @@ from benchmarks.table import is_ours
 from examples.llama.config import make_config
 from examples.llama.model import Llama
 
+LAYERS = 2
 # A small vocabulary: the embeddings of 128256 tokens would outweigh a few layers, for all peers alike.
 VOCABULARY = 4096
 PEERS = ("flexjax", "jax_cudnn", "jax_xla")
@@ -33,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", type=lambda text: tuple(text.split(",")), help=f"of {', '.join(PEERS)}"
     )
-    parser.add_argument("--layers", type=int, help="of 8B size")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of 8B size")
     parser.add_argument("--minutes", type=float, help="begin no case after these")
     add_output(parser, "a tiny model and few repeats")
 
 
-def config(arguments: argparse.Namespace, layers: int, **changes: Any) -> Any:
-    """The model of a command line, of `layers` layers unless it says how many."""
-    style, layers = changes.pop("style", "llama"), arguments.layers or layers
+def config(arguments: argparse.Namespace, **changes: Any) -> Any:
+    """The model of a command line."""
+    style = changes.pop("style", "llama")
     sizes = _QUICK if arguments.quick else {"vocabulary": VOCABULARY}
-    return make_config("8B", style, layers=layers, **sizes, **changes)
+    return make_config("8B", style, layers=arguments.layers, **sizes, **changes)
 
 
 def peers(arguments: argparse.Namespace) -> tuple[str, ...]:

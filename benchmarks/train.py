@@ -24,8 +24,7 @@ from benchmarks.progress import Progress
 from benchmarks.timing import Plan
 from examples.llama.training import next_token_loss, peak_flops, visible_pairs
 
-# As many layers as all peers have memory for, by the length of a row.
-LAYERS = {8192: 8, 32768: 6}
+LENGTHS = (8192, 32768)
 MEAN_DOCUMENT = 2048
 RATE = 1e-12
 FLOOR = 6e-3  # that of the kernels' gradients; see tests/behaviour/harness.py
@@ -34,9 +33,7 @@ FLOOR = 6e-3  # that of the kernels' gradients; see tests/behaviour/harness.py
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, help="rows a step")
-    parser.add_argument(
-        "--lengths", type=models.integers, help=f"tokens a row; {', '.join(map(str, LAYERS))}"
-    )
+    parser.add_argument("--lengths", type=models.integers, help=f"tokens a row; {LENGTHS}")
     parser.add_argument(
         "--mean", type=int, default=MEAN_DOCUMENT, help="tokens of a document, on average"
     )
@@ -46,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suite; 1 if flexjax failed in any case, else 0."""
-    lengths = arguments.lengths or ((256,) if arguments.quick else tuple(LAYERS))
+    lengths = arguments.lengths or ((256,) if arguments.quick else LENGTHS)
     mean = 64 if arguments.quick else arguments.mean
     log, progress = models.Log("train", arguments), Progress(len(lengths))
     plan = (
@@ -55,8 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     for length in lengths:
         if log.late(progress):
             break
-        layers = LAYERS.get(length, 2)
-        config = models.config(arguments, layers, style=arguments.style, remat=arguments.remat)
+        config = models.config(arguments, style=arguments.style, remat=arguments.remat)
         ids = document_ids(arguments.batch, length, mean)
         progress.begin(f"S {length}")
         log.add(measure(config, models.peers(arguments), ids, plan), progress)
@@ -130,9 +126,7 @@ class Box:
 
     def reference(self, dtype: str, tokens: Any, ids: Any) -> Any:
         """The gradients that are checked, by flexjax's portable backend in a dtype."""
-        config = dataclasses.replace(
-            self.config, attention="flexjax", backend="xla", dtype=dtype, remat=True
-        )
+        config = dataclasses.replace(self.config, attention="flexjax", backend="xla", dtype=dtype)
         run = self.gradients(config)
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
             return jax.device_get(jax.jit(lambda *x: run(*x)[2])(self.state[0], tokens, ids))
