@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 # Bytes of spill stores in all copies of the loops together, of which there are up to four; where it is 0 they are
 # left out. Two float32 accumulators of 64 numbers a thread leave little room for masks and derivatives.
 SPILL_BUDGETS = {
+    # One number a tile, put away before the loops and fetched after them.
+    "relative_d128": 8,
     "backward_noop_d128": 16,
     "backward_noop_d64": 16,
     "backward_causal_d128_dk_first": 352,

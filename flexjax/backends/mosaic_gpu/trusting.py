@@ -222,21 +222,28 @@ class _Step:
         elements = self._biased(linear)
         relative, new = self._raised_by_bias(linear, elements)
         finite = self._finite(new)
-        packed, sums, alphas = [], [], []
-        far = registers.f32(LIMIT / 2)
-        for i, row in enumerate(elements):
-            rounded = arith.negf(linear.at_row(i, arith.negf(finite[i])))
-            off = lanes.FUNCTIONS["abs"](arith.subf(rounded, relative[i]))
-            close = arith.cmpf(arith.CmpFPredicate.OLE, off, far)
-            close = arith.ori(close, _is_minus_infinity(relative[i]))
-            start = arith.select(close, rounded, relative[i])
-            pairs = [[registers.exp2(arith.subf(x, start)) for x in pair] for pair in row]
-            sums.append(
-                arith.addf(*functools.reduce(lambda a, b: list(map(arith.addf, a, b)), pairs))
-            )
-            packed += [_pack(pair, self.dtype) for pair in pairs]
-            alphas.append(registers.exp2(arith.subf(self.references[i], finite[i])))
+        alphas = [
+            registers.exp2(arith.subf(old, m))
+            for old, m in zip(self.references, finite, strict=True)
+        ]
+        starts = [self._start(linear, i, finite[i], m) for i, m in enumerate(relative)]
+        packed, sums = [], []
+        for start, row in zip(starts, elements, strict=True):
+            chains = None
+            for pair in row:
+                pair = [registers.exp2(arith.subf(x, start)) for x in pair]
+                chains = pair if chains is None else list(map(arith.addf, chains, pair))
+                packed.append(_pack(pair, self.dtype))
+            sums.append(arith.addf(*chains))
         return [*packed, *sums, *new, *alphas]
+
+    def _start(self, linear: _Linear, row: int, kept: ir.Value, relative: ir.Value) -> ir.Value:
+        """What exponents count from, less the bias at the tile's first key."""
+        rounded = arith.negf(linear.at_row(row, arith.negf(kept)))
+        off = lanes.FUNCTIONS["abs"](arith.subf(rounded, relative))
+        close = arith.cmpf(arith.CmpFPredicate.OLE, off, registers.f32(LIMIT / 2))
+        close = arith.ori(close, _is_minus_infinity(relative))
+        return arith.select(close, rounded, relative)
 
     def _raised(self) -> list[ir.Value]:
         """References that are not below what the rows' scores need."""
