@@ -125,8 +125,13 @@ class Box:
         return run
 
     def reference(self, dtype: str, tokens: Any, ids: Any) -> Any:
-        """The gradients that are checked, by flexjax's portable backend in a dtype."""
-        config = dataclasses.replace(self.config, attention="flexjax", backend="xla", dtype=dtype)
+        """The gradients that are checked, by flexjax's portable backend in a dtype.
+
+        Layers are computed anew in the backward pass: in float32 there is no memory to keep as many as peers do.
+        """
+        config = dataclasses.replace(
+            self.config, attention="flexjax", backend="xla", dtype=dtype, remat=True
+        )
         run = self.gradients(config)
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
             return jax.device_get(jax.jit(lambda *x: run(*x)[2])(self.state[0], tokens, ids))
