@@ -110,6 +110,8 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
         "deterministic_causal_d256": ("causal", {"dim": 256, "kernel_options": {"deterministic": True}}),
         "deterministic_causal_d128": ("causal", {"dim": 128, "kernel_options": {"deterministic": True}}),
+        "deterministic_noop_d128": ("noop", {"dim": 128, "kernel_options": {"deterministic": True}}),
+        "deterministic_noop_d64": ("noop", {"dim": 64, "kernel_options": {"deterministic": True}}),
         "deterministic_vectors_d64": ("vectors", {"dim": 64, "kernel_options": {"deterministic": True}}),
         "causal_d128_dk_first": ("causal", {"dim": 128, "kernel_options": {"backward_order": "dk_first"}}),
     }.items()

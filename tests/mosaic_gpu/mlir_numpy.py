@@ -181,7 +181,7 @@ _ASM = {
 }
 
 # Assembly that orders what threads and copies do, which here happens at once.
-_ORDERING = ("bar.sync", "cp.async.bulk.wait_group", "cp.async.bulk.commit_group")
+_ORDERING = ("bar.sync", "bar.arrive", "cp.async.bulk.wait_group", "cp.async.bulk.commit_group")
 
 _MATH = {
     "absf": np.abs,

@@ -248,6 +248,14 @@ DETERMINED = [
     GradientCase("deterministic_slopes", score=slopes, captures=random((3,)), q_len=300, heads=3, dim=128,
                  options=DETERMINISTIC),
     GradientCase("deterministic_d256", mask=causal, q_len=300, dim=256, options=DETERMINISTIC),
+    # Without a block mask columns add to dQ one after another.
+    GradientCase("deterministic_noop_d128", q_len=1003, kv_len=1100, heads=2, batch=2, dim=128,
+                 options=DETERMINISTIC),
+    GradientCase("deterministic_noop_gqa", q_len=333, kv_len=700, heads=6, kv_heads=2, batch=2, layout="BLHD",
+                 options=DETERMINISTIC),
+    GradientCase("deterministic_noop_d256", q_len=300, kv_len=500, heads=2, dim=256, options=DETERMINISTIC),
+    GradientCase("deterministic_noop_d16", q_len=200, kv_len=300, dim=16,
+                 options=DETERMINISTIC | {"backward_q_tile": 64}),
     GradientCase("deterministic_empty_rows", mask=some_empty_rows, q_len=600, options=DETERMINISTIC),
 ]  # fmt: skip
 
@@ -321,12 +329,20 @@ def test_unvisited_blocks_are_not_read(options):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_deterministic_results_are_the_same_every_time(dim):
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"mask": document, "score": symmetric, "captures": random((1003,)), "layout": "BLHD", "heads": 5},
+        {"score": slopes, "captures": random((4,)), "heads": 4, "kv_len": 2100},
+        {"heads": 6, "kv_heads": 2, "layout": "BLHD", "kv_len": 1500},
+    ],
+    ids=["mask", "slopes", "groups"],
+)  # fmt: skip
+def test_deterministic_results_are_the_same_every_time(dim, attention):
     """Bit by bit, captured arrays included."""
     case = GradientCase(
-        "repeated", q_len=1003, heads=5, kv_heads=5, batch=2, mask=document, layout="BLHD", dim=dim,
-        score=symmetric, captures=random((1003,)), options=DETERMINISTIC,
-    )  # fmt: skip
+        "repeated", q_len=1003, batch=2, dim=dim, options=DETERMINISTIC, **attention
+    )
     problem, *args = case.inputs()
     run = jax.jit(lambda *args: mosaic_gpu.backward(problem, *args))
     first = run(*args)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
+from flexjax.backends.mosaic_gpu import capture_gradients
 from flexjax.backends.mosaic_gpu import config as forward_config
 from flexjax.backends.mosaic_gpu.config import (
     HALF_OF_SHARED_MEMORY,
@@ -40,7 +41,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Static choices of the kernel that computes dK and dV and, unless `deterministic`, dQ.
+    """Static choices of the kernel that computes dK and dV and, unless `separate_dq`, dQ.
 
     Attributes:
         warpgroups: consumer warpgroups, of 64 keys each; of the same 64 keys if `wide`.
@@ -50,12 +51,14 @@ class BackwardConfig:
         rolling: a step begins while the last product of the one before is under way, and the warpgroups meet at
             one barrier a step. Measured 3% faster without a mask; masks leave no registers for it.
         deferred: dQ of a step is computed in the next one (see backward_deferred_sm90.py).
-        deterministic: dQ comes from a kernel of its own (see dq_sm90.py) and nothing is added in an order that
-            changes from run to run.
+        deterministic: nothing is added in an order that changes from run to run. dQ comes from a kernel of its own
+            (see dq_sm90.py) unless `ordered`.
+        handed_over: a warp of the producer's warpgroup adds a consumer's shares of dQ (see dq_adder_sm90.py).
+        ordered: columns do so one after another.
         approx_math: approximate transcendental functions in the mods.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
         wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
-        dq: configuration of the kernel for dQ, where `deterministic`.
+        dq: configuration of the kernel for dQ, where `separate_dq`.
         self_loading: the only consumer issues the copies too, without a producer: two CTAs then share a
             multiprocessor.
     """
@@ -67,11 +70,18 @@ class BackwardConfig:
     rolling: bool = False
     deferred: bool = False
     deterministic: bool = False
+    handed_over: bool = False
+    ordered: bool = False
     approx_math: bool = True
     interpret: bool = False
     wide: bool = False
     dq: forward_config.Config | None = None
     self_loading: bool = False
+
+    @property
+    def separate_dq(self) -> bool:
+        """Whether dQ comes from a kernel of its own."""
+        return self.deterministic and not self.ordered
 
     @property
     def key_slots(self) -> int:
@@ -86,6 +96,8 @@ class BackwardConfig:
 
 OPTIONS = {
     "deterministic": bool,
+    "backward_ordered": bool,
+    "backward_handed_over": bool,
     "backward_warpgroups": int,
     "backward_q_tile": int,
     "backward_stages": int,
@@ -134,7 +146,7 @@ def shared_memory(problem: Problem, config: BackwardConfig) -> int:
     numbers = (config.kv_tile + config.stages * config.q_tile) * (d + dv)
     numbers += (DS_STAGES + config.interpret) * config.kv_tile * config.q_tile
     floats = 2 * config.stages * config.q_tile
-    if not config.deterministic:
+    if not config.separate_dq:
         floats += config.q_tile * d
     return 2 * numbers + 4 * floats
 
@@ -167,16 +179,23 @@ def choose(problem: Problem) -> BackwardConfig:
     roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
+    ordered = deterministic and problem.option(
+        "backward_ordered", warpgroups == 2 and _may_be_ordered(problem, interpret)
+    )
+    separate = deterministic and not ordered
     config = BackwardConfig(
         warpgroups=warpgroups,
         q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
         stages=2,
         order=problem.option("backward_order", ORDERS[0] if narrow or wide else "dq_first"),
         deterministic=deterministic,
+        handed_over=ordered
+        or problem.option("backward_handed_over", wide and not (separate or interpret)),
+        ordered=ordered,
         approx_math=problem.option("approx_math", True),
         interpret=interpret,
         wide=wide,
-        dq=_choose_dq(problem, interpret) if deterministic else None,
+        dq=_choose_dq(problem, interpret) if separate else None,
     )
     alone = warpgroups == 1 and shared_memory(problem, config) <= HALF_OF_SHARED_MEMORY
     config = dataclasses.replace(
@@ -184,10 +203,10 @@ def choose(problem: Problem) -> BackwardConfig:
     )
     # Measured: 5 to 10% faster with wide tiles of queries, where exponentials are a larger part of the work. For
     # sums of what the mod reads there are no registers left.
-    wide_tiles = by_rows(config) and not (wide or deterministic) and not _has_sums(problem)
+    wide_tiles = by_rows(config) and not (wide or separate) and not _has_sums(problem)
     deferred = problem.option("backward_deferred", wide_tiles)
     config = dataclasses.replace(config, deferred=deferred)
-    plain = not (wide or deterministic or interpret) and warpgroups == 2
+    plain = not (wide or separate or interpret) and warpgroups == 2
     if plain and config.order == "dq_first" and problem.mask is None and not config.deferred:
         ends_whole = problem.kv_len % config.kv_tile == 0  # or the last keys' steps are masked ones
         config = dataclasses.replace(config, rolling=ends_whole)
@@ -197,6 +216,18 @@ def choose(problem: Problem) -> BackwardConfig:
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
+
+
+def _may_be_ordered(problem: Problem, interpret: bool) -> bool:
+    """Whether columns can add to dQ one after another, and nothing else is summed over several of them.
+
+    Without a block mask every column visits the same queries in the same order, and is never far behind the one
+    before it. The interpreter runs CTAs one after another and knows no counters.
+    """
+    by_key = all(
+        load.kind == capture_gradients.KEYS for load in capture_gradients.loads_of(problem)
+    )
+    return problem.blocks is None and by_key and not interpret
 
 
 def _has_sums(problem: Problem) -> bool:
@@ -251,11 +282,20 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "a backward kernel whose consumer loads by itself has one warpgroup, but kernel options ask for "
             f"{config.warpgroups}."
         )
-    if config.deferred and (config.wide or config.deterministic or config.warpgroups != 2):
+    if problem.option("backward_ordered", False) and (
+        config.warpgroups != 2
+        or not (config.deterministic and _may_be_ordered(problem, config.interpret))
+    ):
+        raise NotImplementedError(
+            "backward_ordered takes deterministic=True, two warpgroups, no block mask, a GPU, and captured arrays "
+            "that are read at the key's index or at neither index. Leave the option out, or set it to False."
+        )
+    if config.deferred and (config.wide or config.separate_dq or config.warpgroups != 2):
         raise NotImplementedError(
             "backward_deferred takes two warpgroups, head dimensions of at most 128, and dQ from the same kernel; "
             f"the problem or its kernel options ask for {config.warpgroups} warpgroups, a head dimension of "
-            f"{max(problem.qk_dim, problem.v_dim)} and deterministic={config.deterministic}."
+            f"{max(problem.qk_dim, problem.v_dim)}, deterministic={config.deterministic} and "
+            f"backward_ordered={config.ordered}."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(

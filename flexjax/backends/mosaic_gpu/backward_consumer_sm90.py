@@ -364,6 +364,9 @@ class Consumer:
         kernel, buffer = self.kernel, self.buffers.dq[self.warpgroup]
         (target,) = self.inputs.dq
         if not kernel.config.interpret:
+            if kernel.config.handed_over:
+                dq_tiles.hand_over(buffer, dq, self.warpgroup, publish)
+                return
             dim = configs.padded_dim(kernel.problem.qk_dim)
             dq_tiles.add(target, buffer, dq, row + part.row, part.column, dim, publish)
             return

@@ -38,7 +38,7 @@ class Copies:
     def queries(self, b: Any, h: Any, first_query: Any, stage: Any) -> None:
         """The queries of a step, their logsumexp, and which they are."""
         buffers = self.buffers
-        first = pl.multiple_of(first_query, self.kernel.config.q_tile)
+        first = self._aligned(first_query)
         buffers.q_number[stage] = lax.div(first_query, jnp.int32(self.kernel.config.q_tile))
         self._with_statistic(
             b, h, first, stage,
@@ -48,11 +48,16 @@ class Copies:
     def cotangents(self, b: Any, h: Any, first_query: Any, stage: Any) -> None:
         """The output's cotangents of a step, and D."""
         buffers = self.buffers
-        first = pl.multiple_of(first_query, self.kernel.config.q_tile)
+        first = self._aligned(first_query)
         self._with_statistic(
             b, h, first, stage,
             (self.inputs.d_out, buffers.d_out), (self.inputs.delta, buffers.delta), buffers.d_out_full,
         )  # fmt: skip
+
+    def _aligned(self, first_query: Any) -> Any:
+        config = self.kernel.config
+        # Mosaic does not know the operation in code for single warps.
+        return first_query if config.handed_over else pl.multiple_of(first_query, config.q_tile)
 
     def _with_statistic(
         self,

@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
         dq: dQ without the scale, of the rows of `Kernel.row_of`, as dq_tiles.py has it; empty where another kernel
             computes it. In the interpreter [tiles of keys, rows, D].
         sums: one flat array for every load whose gradient is added in global memory.
+        turns: int32, how many columns have added to a warpgroup's share of a tile of dQ, flat: see
+            dq_adder_sm90.py; empty where columns do not wait for each other.
     """
 
     query: Any
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
     mask_captures: tuple[Any, ...]
     dq: tuple[Any, ...]
     sums: tuple[Any, ...]
+    turns: tuple[Any, ...]
 
 
 class Outputs(NamedTuple):
@@ -109,7 +112,7 @@ class Kernel:
     @property
     def parts(self) -> tuple[configs.Part, ...]:
         """The warpgroups' shares of dQ; empty where another kernel computes it."""
-        if self.config.deterministic:
+        if self.config.separate_dq:
             return ()
         return configs.parts(self.config, configs.padded_dim(self.problem.qk_dim))
 
@@ -177,6 +180,12 @@ class Kernel:
     def row_of(self, b: Any, h: Any, query: Any) -> Any:
         """Row of dQ: those of all heads and batch rows lie one after another."""
         return (b * self.problem.q_heads + h) * self.schedule.padded_queries + query
+
+    @property
+    def turns(self) -> int:
+        """How many shares of tiles of dQ there are."""
+        rows = self.problem.batch * self.problem.q_heads * self.schedule.padded_queries
+        return rows // self.config.q_tile * len(self.parts)
 
     @property
     def dq_rows(self) -> int:

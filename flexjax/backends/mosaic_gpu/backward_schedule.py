@@ -25,6 +25,8 @@ from flexjax.backends.mosaic_gpu.config import CORES
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
+TOGETHER = 1
+
 
 class Column(NamedTuple):
     """Batch row and head of the keys, and number of the tile of keys."""
@@ -96,7 +98,7 @@ class ColumnSchedule:
     @property
     def _heads_together(self) -> int:
         """Heads whose columns alternate: the power of two that comes closest to filling the machine."""
-        return 1 << max(0, round(math.log2(CORES / self.kv_tiles)))
+        return TOGETHER << max(0, round(math.log2(CORES / self.kv_tiles)))
 
     def column(self, cta: Any) -> Column:
         heads = jnp.int32(self.problem.kv_heads)

@@ -24,8 +24,8 @@ need more registers: see backward_wide_sm90.py. The last warpgroup, the *produce
 D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that
 itself, and two CTAs share a multiprocessor.
 
-dQ is thus added up in an order that changes from run to run. The deterministic variant leaves dQ to a kernel of
-its own (dq_sm90.py).
+dQ is thus added up in an order that changes from run to run. The deterministic variant has columns add to it one
+after another (dq_adder_sm90.py) or, where there is a block mask, leaves dQ to a kernel of its own (dq_sm90.py).
 
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer._drain`. A column
 without steps stores zeros.
@@ -54,6 +54,7 @@ from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Ke
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
+from flexjax.backends.mosaic_gpu.dq_adder_sm90 import DqAdder
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
@@ -105,6 +106,7 @@ def backward(
         mask_captures,
         tuple(map(jax.new_ref, _zero_dq(kernel))),
         tuple(jax.new_ref(_zero_sum(kernel, load)) for load in kernel.loads if load.kind != KEYS),
+        (jax.new_ref(jnp.zeros((kernel.turns,), jnp.int32)),) if config.ordered else (),
     )
     key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
     outputs = Outputs(
@@ -124,7 +126,7 @@ def backward(
         interpret=config.interpret,
     )
     loads, query_sums = kernel.loads, []
-    if config.deterministic:
+    if config.separate_dq:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
     else:
         dq = _finished_dq(kernel, inputs.dq[0][...])
@@ -267,12 +269,22 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     def _() -> None:
         if limits is not None:
             plgpu.set_max_registers(limits[1], action="decrease")
-        Producer(kernel, inputs, buffers).run(cta)
+        producer = Producer(kernel, inputs, buffers)
+        if not kernel.config.handed_over:
+            producer.run(cta)
+            return
+
+        @plgpu.warp_map
+        def _(warp: Any) -> None:
+            pl.when(warp == 0)(lambda: producer.run(cta))
+            for number in range(consumers):
+                adder = DqAdder(kernel, inputs, buffers, number)
+                pl.when(warp == 1 + number)(functools.partial(adder.run, cta))
 
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
-    """The warpgroup that copies everything into shared memory."""
+    """The warpgroup, or warp, that copies everything into shared memory."""
 
     kernel: Kernel
     inputs: Inputs

@@ -26,7 +26,10 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from flexjax.backends.mosaic_gpu import placement
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.lanes import F32
-from flexjax.backends.mosaic_gpu.registers import TILE
+from flexjax.backends.mosaic_gpu.registers import FIRST_NAMED_BARRIER, TILE, WARPGROUP
+
+# Threads that meet at a hand-over: a warpgroup and a warp.
+HANDOVER = WARPGROUP + 32
 
 _WARP_ROWS = 16
 _COLUMNS = 8  # that a warp stores at a time, of all its rows
@@ -61,36 +64,87 @@ def add(
     emit(sums, staged, tile, row)
 
 
+def hand_over(staged: Any, tile: jax.Array, warpgroup: int, publish: bool = False) -> None:
+    """Leaves a tile to the warp that adds it to the sums in its turn: see dq_adder_sm90.py.
+
+    Args:
+        staged: flat shared memory of the tile's size, which the last tile may still be leaving.
+        tile: float32, as in `add`.
+        warpgroup: the number of the one that calls.
+        publish: see `add`.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def emit(_: Any, staged: Any, x: Any) -> None:
+        emit_hand_over(x, staged, warpgroup, publish)
+
+    emit(staged, tile)
+
+
 def emit_add(
     row: ir.Value, x: Any, sums: ir.Value, staged: ir.Value, column: int, dim: int, publish: bool
 ) -> None:
-    i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-    quad = ir.VectorType.get((4,), ir.F32Type.get())
-    held = placement.unpack(x, F32)
-    rows, columns = x.shape
-    tiles = range(rows // WARPGROUP_ROWS)
-    part = _WARP_ROWS * columns  # numbers of a warp, of 64 rows
-    number = mgpu.utils.thread_idx()
-    lane = arith.andi(number, _constant(31, i32))
-    warp = arith.andi(mgpu.utils.warp_idx(), _constant(3, i32))
-    own = arith.muli(warp, _constant(part * len(tiles), i32))
-    stage = _at(mgpu.utils.memref_ptr(staged), own)
-    mine = _at(stage, arith.shli(lane, _constant(2, i32)))
-
     mgpu.utils.inline_ptx("cp.async.bulk.wait_group.read 0;", has_side_effects=True)
     mgpu.utils.warp_barrier()
-    for m in tiles:
-        for j in range(columns // _COLUMNS):
-            places = ((64 * m + 8 * i, 8 * j + e) for i in range(2) for e in range(2))
-            values = vector.from_elements(quad, [held[p].ir for p in places])
-            where = _constant(m * part + 4 * 32 * j, i32)
-            llvm.store(values, _at(mine, where), alignment=16)
-    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    _stage(x, staged)
     if publish:
         mgpu.utils.warpgroup_barrier()
     else:
         mgpu.utils.warp_barrier()
+    elected = nvvm.elect_sync()
+    emit_reduce(row, _warp(), sums, staged, x.shape, column, dim, elected)
+    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
 
+
+def emit_hand_over(x: Any, staged: ir.Value, warpgroup: int, publish: bool) -> None:
+    staged_free, staged_full = handover_barriers(warpgroup)
+    mgpu.utils.inline_ptx(
+        f"bar.sync {staged_free}, {HANDOVER};", has_side_effects=True, convergent=True
+    )
+    _stage(x, staged)
+    if publish:
+        mgpu.utils.warpgroup_barrier()
+    mgpu.utils.inline_ptx(
+        f"bar.arrive {staged_full}, {HANDOVER}; // $0",
+        _constant(0, ir.IntegerType.get_signless(32)),  # see emit_reduce
+        has_side_effects=True,
+        convergent=True,
+    )
+
+
+def emit_add_staged(
+    row: ir.Value,
+    sums: ir.Value,
+    staged: ir.Value,
+    shape: tuple[int, int],
+    column: int,
+    dim: int,
+    predicate: ir.Value,
+) -> None:
+    """Issues the additions of what all warps have handed over, by the thread where `predicate` holds."""
+    i32 = ir.IntegerType.get_signless(32)
+    for warp in range(4):
+        number = _constant(warp, i32)
+        emit_reduce(row, number, sums, staged, shape, column, dim, predicate)
+    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
+
+
+def emit_reduce(
+    row: ir.Value,
+    warp: ir.Value,
+    sums: ir.Value,
+    staged: ir.Value,
+    shape: tuple[int, int],
+    column: int,
+    dim: int,
+    predicate: ir.Value,
+) -> None:
+    """Issues the additions of what a warp has staged of a tile, by the threads where `predicate` holds."""
+    i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+    rows, columns = shape
+    tiles = range(rows // WARPGROUP_ROWS)
+    part = _WARP_ROWS * columns
+    stage = _of_warp(staged, warp, shape)
     # 64 bits: sums may be many.
     first = arith.muli(arith.extsi(i64, row), _constant(dim, i64))
     inside = arith.addi(
@@ -100,14 +154,13 @@ def emit_add(
     if target.type.address_space == 0:
         target = llvm.addrspacecast(llvm.PointerType.get(address_space=1), target)
     target = _at(target, arith.addi(first, arith.extsi(i64, inside)))
-    elected = nvvm.elect_sync()
     for m in tiles:
         # The zero is there for LLVM: a zero that is needed after the products is not put where accumulators
         # start, and ptxas then knows that they start from zero.
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [
-                elected,
+                predicate,
                 _at(target, _constant(m * WARPGROUP_ROWS * dim, i32)),
                 _at(stage, _constant(m * part, i32)),
                 _constant(4 * part, i32),
@@ -117,7 +170,41 @@ def emit_add(
             "b,l,r,r,r",
             has_side_effects=True,
         )
-    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
+
+
+def _stage(x: Any, staged: ir.Value) -> None:
+    """Stores what the thread holds, and makes it visible to copies once its threads have met."""
+    i32 = ir.IntegerType.get_signless(32)
+    quad = ir.VectorType.get((4,), ir.F32Type.get())
+    held = placement.unpack(x, F32)
+    rows, columns = x.shape
+    lane = arith.andi(mgpu.utils.thread_idx(), _constant(31, i32))
+    mine = _at(_of_warp(staged, _warp(), x.shape), arith.shli(lane, _constant(2, i32)))
+    for m in range(rows // WARPGROUP_ROWS):
+        for j in range(columns // _COLUMNS):
+            places = ((64 * m + 8 * i, 8 * j + e) for i in range(2) for e in range(2))
+            values = vector.from_elements(quad, [held[p].ir for p in places])
+            where = _constant(m * _WARP_ROWS * columns + 4 * 32 * j, i32)
+            llvm.store(values, _at(mine, where), alignment=16)
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+
+def _warp() -> ir.Value:
+    """The thread's warp, counted in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.andi(mgpu.utils.warp_idx(), _constant(3, i32))
+
+
+def _of_warp(staged: ir.Value, warp: ir.Value, shape: tuple[int, int]) -> ir.Value:
+    """Where a warp's part of a staged tile begins: all that it holds lies together."""
+    own = _constant(shape[0] * shape[1] // 4, ir.IntegerType.get_signless(32))
+    return _at(mgpu.utils.memref_ptr(staged), arith.muli(warp, own))
+
+
+def handover_barriers(warpgroup: int) -> tuple[int, int]:
+    """Named barriers of a warpgroup: "what was staged has left", "the next tile is staged"."""
+    first = FIRST_NAMED_BARRIER + 1 + 2 * warpgroup  # after that of `registers.publish_and_meet`
+    return first, first + 1
 
 
 def _constant(value: int, kind: ir.Type) -> ir.Value:
