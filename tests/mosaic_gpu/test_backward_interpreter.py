@@ -113,5 +113,5 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="deterministic"):
         mosaic_gpu.check_backward(unordered.problem(**DETERMINISTIC)[0])
     masked = GradientCase("masked", mask=causal, q_len=128)
-    with pytest.raises(NotImplementedError, match="no block mask"):
-        mosaic_gpu.check_backward(masked.problem(**DETERMINISTIC, backward_ordered=True)[0])
+    with pytest.raises(NotImplementedError, match="without a block mask"):
+        mosaic_gpu.check_backward(masked.problem(**DETERMINISTIC, backward_dq="in_order")[0])

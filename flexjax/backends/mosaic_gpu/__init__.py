@@ -60,9 +60,9 @@ def check_backward(problem: Problem) -> None:
         reason = _unsupported(score.gradient.graph)
         if reason is not None:
             raise NotImplementedError(f"Its derivative is not supported: {reason}")
-    backward_config.choose(problem)
     if problem.option("deterministic", False):
         capture_gradients.check_deterministic(problem)
+    backward_config.choose(problem)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from flexjax.backends.mosaic_gpu import capture_gradients
 from flexjax.backends.mosaic_gpu import config as forward_config
+from flexjax.backends.mosaic_gpu.capture_gradients import KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.config import (
     HALF_OF_SHARED_MEMORY,
     SHARED_MEMORY,
@@ -17,6 +18,13 @@ from flexjax.problem import Problem
 
 Q_TILES = (128, 64)
 ORDERS = ("dk_first", "dq_first")
+
+# Who computes dQ, or adds a column's shares of it to the sums in global memory.
+CONSUMERS = "consumers"  # those who have computed them
+ADDER = "adder"  # a warp beside the producer: see dq_adder_sm90.py
+IN_ORDER = "in_order"  # it too, but one column after another
+KERNEL = "kernel"  # a kernel of its own computes dQ: see dq_sm90.py
+DQ_BY = (CONSUMERS, ADDER, IN_ORDER, KERNEL)
 
 # Registers a thread of the consumers and of the producer, by the number of consumer warpgroups.
 REGISTERS = {1: None, 2: (240, 24)}
@@ -51,10 +59,8 @@ class BackwardConfig:
         rolling: a step begins while the last product of the one before is under way, and the warpgroups meet at
             one barrier a step. Measured 3% faster without a mask; masks leave no registers for it.
         deferred: dQ of a step is computed in the next one (see backward_deferred_sm90.py).
-        deterministic: nothing is added in an order that changes from run to run. dQ comes from a kernel of its own
-            (see dq_sm90.py) unless `ordered`.
-        handed_over: a warp of the producer's warpgroup adds a consumer's shares of dQ (see dq_adder_sm90.py).
-        ordered: columns do so one after another.
+        deterministic: nothing is added in an order that changes from run to run. dQ is then by IN_ORDER or KERNEL.
+        dq_by: CONSUMERS, ADDER, IN_ORDER or KERNEL.
         approx_math: approximate transcendental functions in the mods.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
         wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
@@ -70,8 +76,7 @@ class BackwardConfig:
     rolling: bool = False
     deferred: bool = False
     deterministic: bool = False
-    handed_over: bool = False
-    ordered: bool = False
+    dq_by: str = CONSUMERS
     approx_math: bool = True
     interpret: bool = False
     wide: bool = False
@@ -81,7 +86,17 @@ class BackwardConfig:
     @property
     def separate_dq(self) -> bool:
         """Whether dQ comes from a kernel of its own."""
-        return self.deterministic and not self.ordered
+        return self.dq_by == KERNEL
+
+    @property
+    def ordered(self) -> bool:
+        """Whether columns add to dQ one after another."""
+        return self.dq_by == IN_ORDER
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the consumers leave their shares of dQ to other warps."""
+        return self.dq_by in (ADDER, IN_ORDER)
 
     @property
     def key_slots(self) -> int:
@@ -96,8 +111,7 @@ class BackwardConfig:
 
 OPTIONS = {
     "deterministic": bool,
-    "backward_ordered": bool,
-    "backward_handed_over": bool,
+    "backward_dq": str,
     "backward_warpgroups": int,
     "backward_q_tile": int,
     "backward_stages": int,
@@ -179,19 +193,15 @@ def choose(problem: Problem) -> BackwardConfig:
     roomy &= blocks is None or blocks.geometry.q_block % 128 == 0
     interpret = problem.option("interpret", False)
     deterministic = problem.option("deterministic", False)
-    ordered = deterministic and problem.option(
-        "backward_ordered", warpgroups == 2 and _may_be_ordered(problem, interpret)
-    )
-    separate = deterministic and not ordered
+    dq_by = problem.option("backward_dq", _choose_dq_by(problem, warpgroups, wide))
+    separate = dq_by == KERNEL
     config = BackwardConfig(
         warpgroups=warpgroups,
         q_tile=problem.option("backward_q_tile", 128 if roomy and warpgroups > 1 else 64),
         stages=2,
         order=problem.option("backward_order", ORDERS[0] if narrow or wide else "dq_first"),
         deterministic=deterministic,
-        handed_over=ordered
-        or problem.option("backward_handed_over", wide and not (separate or interpret)),
-        ordered=ordered,
+        dq_by=dq_by,
         approx_math=problem.option("approx_math", True),
         interpret=interpret,
         wide=wide,
@@ -218,16 +228,23 @@ def choose(problem: Problem) -> BackwardConfig:
     return _checked(problem, config)
 
 
-def _may_be_ordered(problem: Problem, interpret: bool) -> bool:
-    """Whether columns can add to dQ one after another, and nothing else is summed over several of them.
+def _choose_dq_by(problem: Problem, warpgroups: int, wide: bool) -> str:
+    interpret = problem.option("interpret", False)
+    if problem.option("deterministic", False):
+        # With a block mask columns would wait for long: they begin at different queries.
+        ordered = warpgroups == 2 and not interpret and problem.blocks is None
+        return IN_ORDER if ordered and _sums_by(problem) <= {KEYS} else KERNEL
+    if not wide or interpret:
+        return CONSUMERS
+    # Measured at D256: 0.73 of the time where masks are evaluated, for which the other kernel has few registers
+    # left, and 0.63 where there are none.
+    masked = problem.mask is not None
+    return KERNEL if masked and _sums_by(problem) <= {KEYS, QUERIES} else ADDER
 
-    Without a block mask every column visits the same queries in the same order, and is never far behind the one
-    before it. The interpreter runs CTAs one after another and knows no counters.
-    """
-    by_key = all(
-        load.kind == capture_gradients.KEYS for load in capture_gradients.loads_of(problem)
-    )
-    return problem.blocks is None and by_key and not interpret
+
+def _sums_by(problem: Problem) -> set[str]:
+    """How gradients of what the score_mod reads are summed."""
+    return {load.kind for load in capture_gradients.loads_of(problem)}
 
 
 def _has_sums(problem: Problem) -> bool:
@@ -282,20 +299,12 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "a backward kernel whose consumer loads by itself has one warpgroup, but kernel options ask for "
             f"{config.warpgroups}."
         )
-    if problem.option("backward_ordered", False) and (
-        config.warpgroups != 2
-        or not (config.deterministic and _may_be_ordered(problem, config.interpret))
-    ):
-        raise NotImplementedError(
-            "backward_ordered takes deterministic=True, two warpgroups, no block mask, a GPU, and captured arrays "
-            "that are read at the key's index or at neither index. Leave the option out, or set it to False."
-        )
+    _check_dq(problem, config)
     if config.deferred and (config.wide or config.separate_dq or config.warpgroups != 2):
         raise NotImplementedError(
             "backward_deferred takes two warpgroups, head dimensions of at most 128, and dQ from the same kernel; "
             f"the problem or its kernel options ask for {config.warpgroups} warpgroups, a head dimension of "
-            f"{max(problem.qk_dim, problem.v_dim)}, deterministic={config.deterministic} and "
-            f"backward_ordered={config.ordered}."
+            f"{max(problem.qk_dim, problem.v_dim)} and dQ by {config.dq_by!r}."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(
@@ -321,3 +330,29 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "Ask for fewer stages or smaller tiles."
         )
     return config
+
+
+def _check_dq(problem: Problem, config: BackwardConfig) -> None:
+    if config.dq_by not in DQ_BY:
+        raise NotImplementedError(
+            f"backward_dq is one of {', '.join(map(repr, DQ_BY))}, but it is {config.dq_by!r}."
+        )
+    if config.deterministic and config.dq_by not in (IN_ORDER, KERNEL):
+        raise NotImplementedError(
+            f"deterministic=True needs backward_dq={IN_ORDER!r} or {KERNEL!r}, but it is {config.dq_by!r}."
+        )
+    if config.handed_over and (config.self_loading or config.interpret):
+        raise NotImplementedError(
+            f"backward_dq={config.dq_by!r} takes a kernel with a producer, on a GPU; two consumer warpgroups "
+            "have one."
+        )
+    if config.ordered and problem.blocks is not None:
+        raise NotImplementedError(
+            f"backward_dq={IN_ORDER!r} takes an attention without a block mask. Ask for {KERNEL!r}."
+        )
+    summed = {IN_ORDER: {KEYS}, KERNEL: {KEYS, QUERIES}}.get(config.dq_by)
+    if summed is not None and not _sums_by(problem) <= summed:
+        raise NotImplementedError(
+            f"score_mod reads captured arrays whose gradients are summed by {sorted(_sums_by(problem))}, but with "
+            f"backward_dq={config.dq_by!r} they can be summed by {sorted(summed)} alone. Leave the option out."
+        )

@@ -120,7 +120,7 @@ class Kernel:
     def loads(self) -> tuple[capture_gradients.Load, ...]:
         """The captured elements whose gradients are summed here."""
         loads = capture_gradients.loads_of(self.problem)
-        if not self.config.deterministic:
+        if not self.config.separate_dq:
             return loads
         return tuple(load for load in loads if load.kind == capture_gradients.KEYS)
 

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig
+from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig, padded_dim
 from flexjax.backends.mosaic_gpu.config import CORES
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
-TOGETHER = 1
+# Bytes of dQ that the heads whose columns run at once may have together, where columns wait for each other: a
+# third of the second-level cache.
+SUMS_TOGETHER = 16 << 20
 
 
 class Column(NamedTuple):
@@ -97,8 +99,15 @@ class ColumnSchedule:
 
     @property
     def _heads_together(self) -> int:
-        """Heads whose columns alternate: the power of two that comes closest to filling the machine."""
-        return TOGETHER << max(0, round(math.log2(CORES / self.kv_tiles)))
+        """Heads whose columns alternate: the power of two that comes closest to filling the machine.
+
+        Columns that wait for each other should be few of any head: then more heads, as far as the cache allows.
+        """
+        filling = 1 << max(0, round(math.log2(CORES / self.kv_tiles)))
+        if not self.config.ordered:
+            return filling
+        sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
+        return max(filling, 1 << int(math.log2(max(1, SUMS_TOGETHER // sums))))
 
     def column(self, cta: Any) -> Column:
         heads = jnp.int32(self.problem.kv_heads)

@@ -138,7 +138,7 @@ def backward(
     added = [ref[...] for ref in inputs.sums]
     kept = list(outputs.key_sums)
     sums = [(kept if load.kind == KEYS else added).pop(0) for load in kernel.loads]
-    dense = config.interpret and not config.deterministic
+    dense = config.interpret and not config.separate_dq
     captures = capture_gradients.finish(
         problem, operands, loads, [*sums, *query_sums], dense, config.deterministic
     )
@@ -150,7 +150,7 @@ def _separate_dq(
 ) -> tuple[Any, tuple[capture_gradients.Load, ...], list[Any]]:
     """(dQ, all loads, the sums of those that this kernel sums) by the kernel for dQ."""
     problem, lists, config = kernel.problem, operands.lists, kernel.config.dq
-    assert config is not None, "the deterministic variant has a configuration for dQ"
+    assert config is not None, "a kernel for dQ has a configuration"
     apart = dq_sm90.Kernel(Schedule(problem, config))
     axis = 1 if problem.layout == BLHD else 2
     interpret, queries = config.interpret, apart.padded_queries
