@@ -108,6 +108,7 @@ BACKWARD_VARIANTS: dict[str, tuple[str, dict]] = {
         "causal_d256": ("causal", {"dim": 256}),
         "soft_cap_d256": ("soft_cap", {"dim": 256}),
         "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
+        "noop_d256": ("noop", {"dim": 256}),
         "deterministic_causal_d256": ("causal", {"dim": 256, "kernel_options": {"deterministic": True}}),
         "deterministic_causal_d128": ("causal", {"dim": 128, "kernel_options": {"deterministic": True}}),
         "deterministic_noop_d128": ("noop", {"dim": 128, "kernel_options": {"deterministic": True}}),

@@ -230,16 +230,17 @@ def choose(problem: Problem) -> BackwardConfig:
 
 def _choose_dq_by(problem: Problem, warpgroups: int, wide: bool) -> str:
     interpret = problem.option("interpret", False)
+    # Measured, of the time that consumers take who add to dQ themselves: at D256, causal or soft cap, KERNEL 0.73 and
+    # 0.77, ADDER 0.99 (the kernel that computes dK and dV has few registers left for masks), but without a mask
+    # 0.72 and 0.63; at D192 with values of 128 KERNEL 0.90, ADDER 1.00.
+    apart = wide and (problem.mask is not None or problem.v_dim <= 128)
     if problem.option("deterministic", False):
         # With a block mask columns would wait for long: they begin at different queries.
-        ordered = warpgroups == 2 and not interpret and problem.blocks is None
+        ordered = warpgroups == 2 and not (interpret or apart) and problem.blocks is None
         return IN_ORDER if ordered and _sums_by(problem) <= {KEYS} else KERNEL
     if not wide or interpret:
         return CONSUMERS
-    # Measured at D256: 0.73 of the time where masks are evaluated, for which the other kernel has few registers
-    # left, and 0.63 where there are none.
-    masked = problem.mask is not None
-    return KERNEL if masked and _sums_by(problem) <= {KEYS, QUERIES} else ADDER
+    return KERNEL if apart and _sums_by(problem) <= {KEYS, QUERIES} else ADDER
 
 
 def _sums_by(problem: Problem) -> set[str]:

@@ -1,27 +1,27 @@
-"""Adds shares of dQ in a fixed order of the columns, for the deterministic backward pass on Hopper.
+"""A warp that adds a consumer warpgroup's shares of dQ, beside the producer of the backward kernel on Hopper.
 
-Additions in float32 give the same bits in every run if those to one number come in the same order. So there is a
-counter for every warpgroup's share of a tile of dQ: how many columns have added theirs. A column adds when the
-counter has come to its own number among the columns of its head, and then counts one further.
-
-The consumers do not wait for that themselves. Each one leaves a share in shared memory to a warp of the
-producer's warpgroup (`dq_tiles.hand_over`), and goes on; it needs the memory again a step later. That warp
+The consumer leaves a share in shared memory (`dq_tiles.hand_over`) and goes on; it needs the memory again a step
+later. The warp
 
     tells the consumer that the memory is free
-    counts for the step before, whose additions must be complete
-    waits until the counter of this step says that it is this column's turn
+    where there is an order, waits until it is this column's turn
     waits for the consumer's share
-    issues the additions, by bulk copies, and waits until shared memory has been read
+    issues the additions, by bulk copies
+    where there is an order, counts for the step before, whose additions must be complete
+    waits until the shared memory has been read
 
-All columns of a head walk over its queries in the same order, each about a step behind the one before it: the
-last column of the first ones that run at once waits for as many steps as there are columns before it, but those
-that follow start with this distance.
+Heads wider than 128 have their consumers save registers so. For the others it is a way to bring additions into an
+order, in which float32 gives the same bits in every run: for every share of a tile of dQ there is a counter of the
+columns that have added theirs, and a column adds when the counter has come to its own number among the columns of
+its head. All of them walk over the queries in the same order, each one or two steps behind the one before it.
+Where a head's columns do not all run at once, those that start later do so with this distance.
 
 Nobody waits for ever: a column waits for columns of smaller numbers, which the grid has started earlier (see
 backward_schedule.py), and the first of those that run waits for nobody.
 
-One thread does all of it. Between additions of two columns, which are asynchronous, stand: the completion of the
-first ones, a fence between proxies, a release; an acquire, a fence between proxies, the second ones.
+One thread issues, waits and counts. Between additions of two columns, which are asynchronous, stand: completion of
+the first ones, which includes a fence between proxies; a release; an acquire; a fence between proxies. The release
+takes as long as half a step, which is why it is the step before that is counted, behind the next one's additions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,6 @@ from jaxlib.mlir.dialects import arith
 from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import dq_tiles
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel
-
-RELEASE = "r"
-ACQUIRE = "lp"
-LATE = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +103,12 @@ class DqAdder:
             _barrier("bar.arrive", free)
             if turns:
                 with mgpu.utils.when(first):
-                    if not LATE:
-                        _count(turns[0], before, 0)
                     _await_turn(turns[0], now, rank)
                 mgpu.utils.warp_barrier()
             _barrier("bar.sync", full)
             shape = part.rows, part.columns
             dq_tiles.emit_add_staged(row, sums, staged, shape, part.column, dim, first)
-            if turns and LATE:
+            if turns:
                 with mgpu.utils.when(first):
                     _count(turns[0], before, 1)
             mgpu.utils.inline_ptx("cp.async.bulk.wait_group.read 0;", has_side_effects=True)
@@ -149,39 +143,28 @@ class DqAdder:
 
 def _count(turns: ir.Value, counter: ir.Value, pending: int) -> None:
     """Raises a counter, unless its number is negative, when all but `pending` groups of additions are complete."""
-    proxy = "fence.proxy.async.global;" if "p" in RELEASE else ""
-    how = "release" if "r" in RELEASE else "relaxed"
     code = f"""{{
         .reg .pred none;
         setp.lt.s32 none, $1, 0;
         cp.async.bulk.wait_group {pending};
-        {proxy}
-        @!none red.{how}.gpu.add.s32 [$0], 1;
+        @!none red.release.gpu.add.s32 [$0], 1;
     }}"""
     mgpu.utils.inline_ptx(code, _address(turns, counter), counter, has_side_effects=True)
 
 
 def _await_turn(turns: ir.Value, counter: ir.Value, rank: ir.Value) -> None:
     """Waits until `rank` columns have counted; what this thread adds next comes after theirs."""
-    after = ""
-    if "f" in ACQUIRE:
-        after += "fence.acq_rel.gpu;"
-    if "l" in ACQUIRE:
-        after += "ld.acquire.gpu.s32 turn, [$0];"
-    if "p" in ACQUIRE:
-        after += "fence.proxy.async.global;"
-    how = "acquire" if "a" in ACQUIRE else "relaxed"
-    code = f"""{{
+    # Reads that acquire empty the first-level cache, so that only the last one does.
+    code = """{
         .reg .pred early;
         .reg .s32 turn;
     again:
-        ld.{how}.gpu.s32 turn, [$0];
+        ld.relaxed.gpu.s32 turn, [$0];
         setp.lt.s32 early, turn, $1;
         @early bra again;
-        {after}
-    }}"""
-    if ACQUIRE == "0":
-        return
+        ld.acquire.gpu.s32 turn, [$0];
+        fence.proxy.async.global;
+    }"""
     mgpu.utils.inline_ptx(code, _address(turns, counter), rank, has_side_effects=True)
 
 
