@@ -46,8 +46,9 @@ SPILL_BUDGETS = {
     "backward_soft_cap_d64": 560,
     "backward_table_d64": 600,
     "backward_blocks_of_64_d128": 80,
-    "backward_causal_d256": 2700,
-    "backward_soft_cap_d256": 2700,
+    "backward_noop_d256": 256,
+    "backward_causal_d256": 2000,
+    "backward_soft_cap_d256": 2000,
     "backward_deterministic_causal_d256": 2000,
     # An accumulator of 128 numbers a thread; the step waits for memory much longer than for these.
     "decode_window_d256": 96,

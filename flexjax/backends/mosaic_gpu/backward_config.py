@@ -230,9 +230,9 @@ def choose(problem: Problem) -> BackwardConfig:
 
 def _choose_dq_by(problem: Problem, warpgroups: int, wide: bool) -> str:
     interpret = problem.option("interpret", False)
-    # Measured, of the time that consumers take who add to dQ themselves: at D256, causal or soft cap, KERNEL 0.73 and
-    # 0.77, ADDER 0.99 (the kernel that computes dK and dV has few registers left for masks), but without a mask
-    # 0.72 and 0.63; at D192 with values of 128 KERNEL 0.90, ADDER 1.00.
+    # Measured, of the time that consumers take who add to dQ themselves: at D256, causal or soft cap, KERNEL 0.73
+    # and 0.77, ADDER 0.99 (the kernel that computes dK and dV has few registers left for masks), but without a
+    # mask 0.72 and 0.63; at D192 with values of 128 KERNEL 0.90, ADDER 1.00.
     apart = wide and (problem.mask is not None or problem.v_dim <= 128)
     if problem.option("deterministic", False):
         # With a block mask columns would wait for long: they begin at different queries.

@@ -24,9 +24,9 @@ need more registers: see backward_wide_sm90.py. The last warpgroup, the *produce
 D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that
 itself, and two CTAs share a multiprocessor.
 
-dQ is thus added up in an order that changes from run to run. For the deterministic variant a warp beside the producer
-adds the shares in the order of the columns (dq_adder_sm90.py) or, where there is a block mask, dQ is left to a kernel
-of its own (dq_sm90.py). Both serve wide heads without an order, too: see `backward_config._choose_dq_by`.
+dQ is thus added up in an order that changes from run to run. For the deterministic variant a warp beside the
+producer adds the shares in the order of the columns (dq_adder_sm90.py) or, where there is a block mask, dQ is left
+to a kernel of its own (dq_sm90.py). Both serve wide heads without an order, too (`backward_config._choose_dq_by`).
 
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer._drain`. A column
 without steps stores zeros.
