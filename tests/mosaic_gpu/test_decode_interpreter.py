@@ -6,6 +6,7 @@ so that tiles are cut, and CTAs compute parts of several.
 """
 
 import jax
+import numpy as np
 import pytest
 
 from flexjax import masks, scores
@@ -71,25 +72,36 @@ def test_live_keys_in_one_piece(mask, one_piece):
     ("batch", "ctas", "tiles", "each", "parts"),
     [
         (32, 264, (64,) * 32, 64, 1),  # whole tiles: 8 of the CTAs have none, which costs a 64th
+        (32, 132, (32,) * 32, 64, 1),  # two whole tiles
         (32, 264, (64,) * 31 + (63,), 63, 2),
-        (8, 264, (512,) * 8, 125, 6),
+        (8, 264, (512,) * 8, 128, 4),  # quarters of tiles
+        (8, 132, (256,) * 7 + (255,), 125, 4),
+        (1, 132, (1000,), 63, 16),
+        (1, 132, (17,), 2, 9),  # of the 16 CTAs of a tile 7 have none
+        (10, 132, (100,) * 10, 61, 3),  # a tile each would leave 52 CTAs idle
         (2, 264, (1, 0), 1, 1),
         (2, 264, (0, 0), 1, 0),
     ],
 )
 def test_steps_are_dealt_out(batch, ctas, tiles, each, parts):
-    """In equal parts, or as whole tiles if that is nearly as even; and every CTA's segments have their numbers."""
+    """In equal parts, or by tiles if that is nearly as even; and every CTA's segments have their numbers."""
     query = jax.ShapeDtypeStruct((batch, 32, 1, 128), "bfloat16")
-    key = jax.ShapeDtypeStruct((batch, 8, max(*tiles, 1) * 64, 128), "bfloat16")
+    key = jax.ShapeDtypeStruct((batch, 8, max(*tiles, 1) * 128, 128), "bfloat16")
     problem, _ = problem_of(query, key, key, options={"ctas": ctas})
     plan = Plan(problem, decode_config.choose(problem))
-    steps = [n for n in tiles for _ in range(8)]
-    assert plan.steps_each(sum(steps), 8 * tiles[0]) == each
-    numbers, first, most = [], 0, 0
-    for tile, count in enumerate(steps):
-        start, number = plan.segments(tile, first, count, each)
-        numbers += range(int(start), int(start) + int(number))
-        most, first = max(most, int(number)), first + count
-    assert most == parts
-    assert len(set(numbers)) == len(numbers)
-    assert max(numbers, default=0) < ctas + len(steps)
+    steps = np.repeat(tiles, 8)
+    total, of_first = sum(steps), 8 * tiles[0]
+    deal = plan.deal(total, of_first)
+    assert deal.each == each
+    begin, end = (np.asarray(x) for x in plan.share(np.arange(ctas), total, of_first, deal))
+    cta = np.repeat(np.arange(ctas), end - begin)
+    assert (np.concatenate([[0], end])[:-1] == begin).all() and end[-1] == total
+    ends = np.cumsum(steps)
+    tile = np.searchsorted(ends, np.arange(total), side="right")
+    first, number = plan.segments(np.arange(len(steps)), ends - steps, steps, deal)
+    assert max(number) == parts
+    segments = {(int(t), int(c + t)) for t, c in zip(tile, cta, strict=True)}
+    expected = {(t, int(first[t]) + i) for t in range(len(steps)) for i in range(int(number[t]))}
+    assert segments == expected
+    assert len({number for _, number in segments}) == len(segments)
+    assert max((number for _, number in segments), default=0) < ctas + len(steps)

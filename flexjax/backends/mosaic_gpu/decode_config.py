@@ -88,8 +88,8 @@ def choose(problem: Problem, cores: int = CORES) -> DecodeConfig:
 
 
 def _kv_tile(problem: Problem) -> int:
-    """128 keys of narrow heads, else 64: about 16 KB a copy; less where blocks or pages want it."""
-    widest = 128 if max(problem.qk_dim, problem.v_dim) <= 64 else 64
+    """128 keys, if registers hold the output beside so many scores; 64 also where blocks or pages want it."""
+    widest = 128 if max(problem.qk_dim, problem.v_dim) <= 128 else 64
     return next((n for n in (widest, 64) if _misfit(problem, n) is None), 64)
 
 

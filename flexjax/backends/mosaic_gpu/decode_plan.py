@@ -23,9 +23,21 @@ from flexjax.problem import Operands, Problem
 _FEW = 512  # list rows
 # So many lengths the kernel looks through by itself, which spares a small kernel before it.
 _IN_KERNEL = 32
-# CTAs get whole tiles if that makes their shares longer by at most this part of them.
+# CTAs get whole tiles, or parts of one, if that makes their shares longer by at most this part of them.
 _WHOLE_TILES = 16
 ALL, RANGE, LISTS = "all", "range", "lists"
+
+
+class Deal(NamedTuple):
+    """How steps are dealt out.
+
+    Attributes:
+        each: steps of a CTA, one after another; the last CTAs may have fewer.
+        by_tile: whether each tile has CTAs of its own, `Plan.cuts` of them.
+    """
+
+    each: Any
+    by_tile: Any
 
 
 class Work(NamedTuple):
@@ -111,22 +123,46 @@ class Plan:
 
     # -- how steps are dealt out ----------------------------------------------------------------
 
-    def steps_each(self, total: Any, first: Any) -> Any:
-        """Steps of every CTA but the last ones, from the numbers of all steps and of those of the first list row.
+    @property
+    def cuts(self) -> int:
+        """CTAs that a tile has where none has parts of two; 0 where there are more tiles than CTAs."""
+        return self.config.ctas // self.rows.all_tiles
 
-        Equal parts; or, where all tiles may have equally many steps and little is lost by it, whole tiles: parts
-        of tiles have to be written, read and added up.
+    def deal(self, total: Any, first: Any) -> Deal:
+        """How steps are dealt out, from the numbers of all steps and of those of the first list row.
+
+        In equal parts; or, where all tiles may have equally many steps and little is lost by it, so that no CTA has
+        parts of two tiles but whole ones: it has to wait for the queries of the second, behind all the keys that
+        are on their way, and results of one CTA need not be added up.
         """
         ctas, count = self.config.ctas, jnp.maximum(lax.div(first, jnp.int32(self.inner)), 1)
-        equal = jnp.maximum(lax.div(total + (ctas - 1), jnp.int32(ctas)), 1)
-        whole = lax.div(equal + (count - 1), count) * count
+        equal = jnp.maximum(_cdiv(total, jnp.int32(ctas)), 1)
+        own = _cdiv(count, jnp.int32(self.cuts)) if self.cuts else _cdiv(equal, count) * count
         even = total == count * self.rows.all_tiles
-        return jnp.where(even & ((whole - equal) * _WHOLE_TILES <= equal), whole, equal)
+        fits = even & ((own - equal) * _WHOLE_TILES <= equal)
+        return Deal(jnp.where(fits, own, equal), fits & (self.cuts > 0))
 
-    def segments(self, tile: Any, first_step: Any, count: Any, each: Any) -> tuple[Any, Any]:
+    def share(self, cta: Any, total: Any, first: Any, deal: Deal) -> tuple[Any, Any]:
+        """The first step of a CTA, and the one behind its last, from the same numbers."""
+        begin = jnp.minimum(cta * deal.each, total)
+        end = jnp.minimum(begin + deal.each, total)
+        if not self.cuts:
+            return begin, end
+        count, cuts = lax.div(first, jnp.int32(self.inner)), jnp.int32(self.cuts)
+        tile, part = lax.div(cta, cuts) * count, lax.rem(cta, cuts) * deal.each
+        own = (
+            jnp.minimum(tile + jnp.minimum(steps, count), total)
+            for steps in (part, part + deal.each)
+        )
+        return tuple(jnp.where(deal.by_tile, x, y) for x, y in zip(own, (begin, end), strict=True))
+
+    def segments(self, tile: Any, first_step: Any, count: Any, deal: Deal) -> tuple[Any, Any]:
         """(number of the first one, how many) of the segments of a tile, from its first step and their count."""
-        first, last = lax.div(first_step, each), lax.div(first_step + (count - 1), each)
-        return first + tile, jnp.where(count > 0, last - first + 1, 0)
+        first = lax.div(first_step, deal.each)
+        last = lax.div(first_step + (count - 1), deal.each)
+        first = jnp.where(deal.by_tile, tile * self.cuts, first)
+        number = jnp.where(deal.by_tile, _cdiv(count, deal.each), last - first + 1)
+        return first + tile, jnp.where(count > 0, number, 0)
 
     # -- on the device --------------------------------------------------------------------------
 
@@ -217,6 +253,10 @@ def _ends(live: Any) -> tuple[Any, Any]:
         (live.ndim - 1,),
     )
     return begin, end
+
+
+def _cdiv(n: Any, d: Any) -> Any:
+    return lax.div(n + (d - 1), d)
 
 
 def _starts(counts: Any) -> Any:
