@@ -95,7 +95,7 @@ def test_steps_are_dealt_out(batch, ctas, tiles, each, parts):
     assert deal.each == each
     begin, end = (np.asarray(x) for x in plan.share(np.arange(ctas), total, of_first, deal))
     cta = np.repeat(np.arange(ctas), end - begin)
-    assert (np.concatenate([[0], end])[:-1] == begin).all() and end[-1] == total
+    assert (np.concatenate([[0], end]) == np.append(begin, total)).all()
     ends = np.cumsum(steps)
     tile = np.searchsorted(ends, np.arange(total), side="right")
     first, number = plan.segments(np.arange(len(steps)), ends - steps, steps, deal)

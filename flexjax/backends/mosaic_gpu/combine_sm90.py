@@ -135,7 +135,7 @@ class _Sums:
     share: Share
 
     def _side_by_side(self, vectors: int) -> tuple[int, int]:
-        """(segments, vectors of a thread) that are read at a time: as many loads as registers hold the results of."""
+        """(segments, vectors of a thread) that are read at a time: as many as registers hold."""
         most = self.plan.config.ctas // self.plan.rows.all_tiles + 2  # that even sequences have
         segments = cdiv(most, cdiv(most, _MOST_AT_A_TIME))
         return segments, max(1, min(cdiv(vectors, WARPGROUP), _MOST_AT_A_TIME // segments))
@@ -158,9 +158,10 @@ class _Sums:
                 there.append(
                     (place < vectors) & (self.share.first_row + row < self.plan.rows.count)
                 )
-            for spot, exists, sums in zip(spots, there, self._sums(spots, segments), strict=True):
+            all_sums = self._sums(spots, segments)
+            for (row, column), exists, sums in zip(spots, there, all_sums, strict=True):
                 with mgpu.utils.when(exists.ir):
-                    self._store(*spot, *sums)
+                    self._store(row, column, *sums)
             scf.yield_([])
 
     def _sums(

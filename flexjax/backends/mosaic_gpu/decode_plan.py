@@ -131,8 +131,8 @@ class Plan:
     def deal(self, total: Any, first: Any) -> Deal:
         """How steps are dealt out, from the numbers of all steps and of those of the first list row.
 
-        In equal parts; or, where all tiles may have equally many steps and little is lost by it, so that no CTA has
-        parts of two tiles but whole ones: it has to wait for the queries of the second, behind all the keys that
+        In equal parts; or, where all tiles have equally many steps and little is lost by it, so that no CTA has
+        parts of two tiles: it has to wait for the queries of the second, behind all the keys that
         are on their way, and results of one CTA need not be added up.
         """
         ctas, count = self.config.ctas, jnp.maximum(lax.div(first, jnp.int32(self.inner)), 1)
@@ -150,11 +150,15 @@ class Plan:
             return begin, end
         count, cuts = lax.div(first, jnp.int32(self.inner)), jnp.int32(self.cuts)
         tile, part = lax.div(cta, cuts) * count, lax.rem(cta, cuts) * deal.each
-        own = (
-            jnp.minimum(tile + jnp.minimum(steps, count), total)
-            for steps in (part, part + deal.each)
+
+        def inside(steps: Any) -> Any:
+            return jnp.minimum(tile + jnp.minimum(steps, count), total)
+
+        own_begin, own_end = inside(part), inside(part + deal.each)
+        return (
+            jnp.where(deal.by_tile, own_begin, begin),
+            jnp.where(deal.by_tile, own_end, end),
         )
-        return tuple(jnp.where(deal.by_tile, x, y) for x, y in zip(own, (begin, end), strict=True))
 
     def segments(self, tile: Any, first_step: Any, count: Any, deal: Deal) -> tuple[Any, Any]:
         """(number of the first one, how many) of the segments of a tile, from its first step and their count."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -145,6 +145,23 @@ def _arrays(plan: Plan, operands: Operands) -> tuple[Any, Any, Any]:
     return query, key, value
 
 
+class Load(NamedTuple):
+    """A step, and of a paged cache the rows of the pool at which its copies begin."""
+
+    step: Step
+    pool_rows: tuple[Any, ...]
+
+
+class Ahead(NamedTuple):
+    """Where the next step to be loaded lies, and its entries of the page table.
+
+    Entries are asked for a step before they are needed: they come behind the keys that are on their way.
+    """
+
+    place: Place
+    entries: tuple[Any, ...]
+
+
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
     Decoder(kernel, inputs, outputs, buffers).run(lax.axis_index("cta"))
 
@@ -172,18 +189,18 @@ class Decoder:
         # Asked for before any key: what is asked for later waits until a whole ring of keys has come.
         queries = self._queries(self.steps.step_at(begin, start))
 
-        def fill(i: Any, place: Place) -> Place:
-            place = self.steps.located(begin + i, place)
-            step = self.steps.step_at(begin + i, place)
+        def fill(i: Any, ahead: Ahead) -> Ahead:
+            load, later = self._coming(begin + i, ahead)
 
             @pl.when(begin + i < end)
             def _() -> None:
-                self._load(self.inputs.key, self.buffers.key, self.buffers.key_full, i, step)
-                self._load(self.inputs.value, self.buffers.value, self.buffers.value_full, i, step)
+                self._load(self.inputs.key, self.buffers.key, self.buffers.key_full, i, load)
+                self._load(self.inputs.value, self.buffers.value, self.buffers.value_full, i, load)
 
-            return place
+            return later
 
-        ahead = lax.fori_loop(0, stages, fill, start)
+        first = Ahead(start, self.steps.entries(self.steps.step_at(begin, start)))
+        ahead = lax.fori_loop(0, stages, fill, first)
         self._put_queries(queries)
         v_dim = self.buffers.value.shape[-1]
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
@@ -197,18 +214,26 @@ class Decoder:
 
     # -- loads ----------------------------------------------------------------------------------
 
-    def _load(self, source: Any, target: Any, full: Any, stage: Any, step: Step) -> None:
+    def _coming(self, x: Any, ahead: Ahead) -> tuple[Load, Ahead]:
+        """What step x loads, from what is known ahead of it, and the same for the next step."""
+        step = self.steps.step_at(x, ahead.place)
+        place = self.steps.located(x + 1, ahead.place)
+        entries = self.steps.entries(self.steps.step_at(x + 1, place)) if ahead.entries else ()
+        return Load(step, self.steps.pool_rows(step, ahead.entries)), Ahead(place, entries)
+
+    def _load(self, source: Any, target: Any, full: Any, stage: Any, load: Load) -> None:
+        step, pool_rows = load
         plan, problem = self.kernel.plan, self.kernel.plan.problem
         kv_tile, pieces = plan.config.kv_tile, self.kernel.pieces
         head = step.head if plan.config.packed else lax.div(step.head, jnp.int32(problem.group))
-        if not step.pages:
+        if not pool_rows:
             b = lax.div(step.b, jnp.int32(problem.batch // problem.kv_batch))
             first = pl.multiple_of(self.steps.inside(step.first_key), kv_tile)
             where = rows(problem, source, b, head, first, kv_tile)
             plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
             return
         length = kv_tile // pieces
-        for i, row in enumerate(step.pages):
+        for i, row in enumerate(pool_rows):
             where = source.at[head, pl.ds(pl.multiple_of(row, length), length)]
             part = target.at[stage]
             part = part if pieces == 1 else part.at[pl.ds(i * length, length)]
@@ -264,14 +289,15 @@ class Decoder:
         begin: Any,
         end: Any,
         place: Place,
-        ahead: Place,
+        ahead: Ahead,
         out: Any,
         state: State,
-    ) -> tuple[Place, Place, Any, State]:
+    ) -> tuple[Place, Ahead, Any, State]:
         config, buffers, softmax = self.kernel.plan.config, self.buffers, self.kernel.softmax
         stage = lax.rem(x - begin, jnp.int32(config.stages))
-        place, ahead = self.steps.located(x, place), self.steps.located(x + config.stages, ahead)
-        step, next_step = self.steps.step_at(x, place), self.steps.step_at(x + config.stages, ahead)
+        place = self.steps.located(x, place)
+        step = self.steps.step_at(x, place)
+        next_load, ahead = self._coming(x + config.stages, ahead)
         more = x + config.stages < end
         starts = (x != begin) & (step.number == 0)
         pl.when(starts)(lambda: self._next_queries(step))
@@ -282,7 +308,7 @@ class Decoder:
         )
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = products_sm90.scores(buffers.query, buffers.key.at[stage])
-        load = self.inputs.key, buffers.key, buffers.key_full, stage, next_step
+        load = self.inputs.key, buffers.key, buffers.key_full, stage, next_load
         self._pass_on(buffers.key_free, *load, wanted=more)
         scores = self._hidden(self._scores(scores, step), step)
         p, state, alpha = softmax.searching(scores, state)
@@ -292,7 +318,7 @@ class Decoder:
         p = p.astype(self.kernel.plan.problem.q_dtype)
         staged = buffers.probabilities[0] if buffers.probabilities else None
         out = products_sm90.add_weighted(out, p, buffers.value.at[stage], staged)
-        load = self.inputs.value, buffers.value, buffers.value_full, stage, next_step
+        load = self.inputs.value, buffers.value, buffers.value_full, stage, next_load
         self._pass_on(buffers.value_free, *load, wanted=more)
 
         @pl.when(step.last | (x == end - 1))
@@ -367,7 +393,7 @@ class Decoder:
         return self.kernel.plan.segments(step.tile, x - step.number, place.count, deal)
 
     def _add_up_segments(self, begin: Any, end: Any, start: Place, last: Place, deal: Deal) -> None:
-        """Counts the CTA's segments in, of its first tile and of its last one, and adds up those that are complete.
+        """Counts the segments of the CTA's first and last tile in, and adds up those of a tile that is complete.
 
         Only at the end, also for the first: a counter is behind all the keys that are on their way.
         """
