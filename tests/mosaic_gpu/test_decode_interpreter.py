@@ -6,13 +6,14 @@ so that tiles are cut, and CTAs compute parts of several.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexjax import masks, scores
-from flexjax.backends.mosaic_gpu import decode_config
+from flexjax import KVCache, decode, masks, scores
+from flexjax.backends.mosaic_gpu import decode_config, decode_sm90
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
-from flexjax.backends.mosaic_gpu.decode_plan import Plan
+from flexjax.backends.mosaic_gpu.decode_plan import ALL, LISTS, RANGE, Plan
 from flexjax.block_creation import create_block_mask
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 from tests.mosaic_gpu.decoding import DecodeCase, cases, check
@@ -66,6 +67,28 @@ def test_live_keys_in_one_piece(mask, one_piece):
     """Masks that leave an interval of keys get by with its two ends."""
     graph, _ = trace_mask_mod(mask, index_ranges(1, 2, 1000, 1000))
     assert in_one_piece(graph) == one_piece
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kind"),
+    [
+        (None, 1, ALL),
+        (causal, 1, ALL),
+        (causal, 16, ALL),
+        (masks.sliding_window(100), 1, RANGE),
+        (lambda b, h, q, k: k < 100, 1, RANGE),
+        (lambda b, h, q, k: (q >= k) & (k > jnp.asarray(np.array([5, 900, 7]))[b]), 1, RANGE),
+        (by_head, 1, LISTS),
+    ],
+)
+def test_how_live_tiles_are_found(monkeypatch, mask, q_len, kind):
+    """A mask that leaves all tiles alive, like a causal one, needs no kernel before the decoding kernel."""
+    plans = []
+    monkeypatch.setattr(decode_sm90, "Plan", lambda *args: plans.append(Plan(*args)) or plans[-1])
+    query, key = (jax.ShapeDtypeStruct((3, 4, n, 64), "bfloat16") for n in (q_len, 2000))
+    cache = KVCache(key, key, jax.ShapeDtypeStruct((3,), "int32"))
+    jax.eval_shape(lambda q, c: decode(q, c, None, mask, backend="mosaic_gpu"), query, cache)
+    assert {plan.kind for plan in plans} == {kind}
 
 
 @pytest.mark.parametrize(

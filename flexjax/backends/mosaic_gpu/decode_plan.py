@@ -8,15 +8,18 @@ so that neither a long sequence nor a short one leaves a part of the machine idl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig, Rows
 from flexjax.block_lists import PARTIAL, cdiv, lists_from_states
 from flexjax.mods.bound_rules import Bounds
+from flexjax.mods.graph import Graph
 from flexjax.mods.regions import Exact, Regions, bounds
 from flexjax.problem import Operands, Problem
 
@@ -78,9 +81,12 @@ class Plan:
 
     @property
     def _own_mask(self) -> Any:
-        """The mask, where it and not given lists tells which blocks live."""
+        """The mask, where it tells which tiles live, and neither given lists nor the lengths alone do."""
         decoding = self.problem.decoding
-        return None if decoding is None or decoding.bare else self.problem.mask
+        mask = self.problem.mask
+        if decoding is None or decoding.bare or mask is None or _sees_all(self, mask):
+            return None
+        return mask
 
     @property
     def by_head(self) -> bool:
@@ -192,7 +198,7 @@ class Plan:
         elif self.problem.blocks is not None:
             counts, lists = self._given(operands)
         else:
-            live = self._live(operands)
+            live = self.live(self._own_mask, operands.mask_captures, jnp)
             if self.kind == RANGE:
                 begin, end = _ends(live)
                 counts = jnp.maximum(end - begin, 0)
@@ -220,14 +226,14 @@ class Plan:
         steps = jnp.repeat(steps, self.problem.batch // blocks.batch, axis=0)
         return steps, (counts[0], indices[0], counts[1], indices[1])
 
-    def _live(self, operands: Operands) -> Any:
-        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]."""
-        problem, tile, mask = self.problem, self.config.kv_tile, self._own_mask
+    def live(self, mask: Any, captures: Any, xp: Any) -> Any:
+        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]; for `xp` see `bounds`."""
+        problem, tile = self.problem, self.config.kv_tile
         batch = problem.batch if "b" in mask.depends else 1
         heads = problem.q_heads if "h" in mask.depends else 1
 
         def along(axis: int, n: int) -> Any:
-            return jnp.arange(n, dtype=jnp.int32).reshape([n if i == axis else 1 for i in range(4)])
+            return xp.arange(n, dtype=np.int32).reshape([n if i == axis else 1 for i in range(4)])
 
         kv = along(3, self.kv_tiles) * tile
         q = along(2, 1)
@@ -235,15 +241,32 @@ class Plan:
             "b": Exact(along(0, batch)),
             "h": Exact(along(1, heads)),
             "q": Bounds(q, q + (problem.q_len - 1)),
-            "kv": Bounds(kv, jnp.minimum(kv + (tile - 1), problem.kv_len - 1)),
+            "kv": Bounds(kv, xp.minimum(kv + (tile - 1), problem.kv_len - 1)),
         }
         blocks = {"q": (problem.q_len, problem.q_len, 2), "kv": (problem.kv_len, tile, 3)}
-        _, possible = bounds(mask, operands.mask_captures, Regions(inputs, blocks), jnp)
-        possible = jnp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
+        _, possible = bounds(mask, captures, Regions(inputs, blocks), xp)
+        possible = xp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
         live = possible.reshape(
             batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles
         )
         return live.any(2)
+
+
+@functools.cache
+def _sees_all(plan: Plan, mask: Graph) -> bool:
+    """Whether the mask leaves all tiles alive, as a causal one does: then the lengths tell, without an XLA kernel.
+
+    A guess from sequences as long as the cache. Where it is wrong, steps visit tiles in vain.
+    """
+    problem = plan.problem
+    lengths = np.full(problem.batch, problem.kv_len, np.int32)
+    known = [(c.shape, c.dtype) == (lengths.shape, lengths.dtype) for c in mask.captures]
+    if known != [True]:
+        return False  # other arrays than the lengths decide
+    try:
+        return bool(plan.live(mask, (lengths,), np).all())
+    except NotImplementedError:
+        return False
 
 
 def _ends(live: Any) -> tuple[Any, Any]:
