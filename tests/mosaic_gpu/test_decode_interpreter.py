@@ -6,12 +6,14 @@ so that tiles are cut, and CTAs compute parts of several.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flexjax import masks, scores
-from flexjax.backends.mosaic_gpu import decode_config
+from flexjax import KVCache, decode, masks, scores
+from flexjax.backends.mosaic_gpu import decode_config, decode_sm90
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
-from flexjax.backends.mosaic_gpu.decode_plan import Plan
+from flexjax.backends.mosaic_gpu.decode_plan import ALL, LISTS, RANGE, Plan
 from flexjax.block_creation import create_block_mask
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 from tests.mosaic_gpu.decoding import DecodeCase, cases, check
@@ -68,28 +70,61 @@ def test_live_keys_in_one_piece(mask, one_piece):
 
 
 @pytest.mark.parametrize(
+    ("mask", "q_len", "kind"),
+    [
+        (None, 1, ALL),
+        (causal, 1, ALL),
+        (causal, 16, ALL),
+        (masks.sliding_window(100), 1, RANGE),
+        (lambda b, h, q, k: k < 100, 1, RANGE),
+        (lambda b, h, q, k: (q >= k) & (k > jnp.asarray(np.array([5, 900, 7]))[b]), 1, RANGE),
+        (by_head, 1, LISTS),
+    ],
+)
+def test_how_live_tiles_are_found(monkeypatch, mask, q_len, kind):
+    """A mask that leaves all tiles alive, like a causal one, needs no kernel before the decoding kernel."""
+    plans = []
+    monkeypatch.setattr(decode_sm90, "Plan", lambda *args: plans.append(Plan(*args)) or plans[-1])
+    query, key = (jax.ShapeDtypeStruct((3, 4, n, 64), "bfloat16") for n in (q_len, 2000))
+    cache = KVCache(key, key, jax.ShapeDtypeStruct((3,), "int32"))
+    jax.eval_shape(lambda q, c: decode(q, c, None, mask, backend="mosaic_gpu"), query, cache)
+    assert {plan.kind for plan in plans} == {kind}
+
+
+@pytest.mark.parametrize(
     ("batch", "ctas", "tiles", "each", "parts"),
     [
         (32, 264, (64,) * 32, 64, 1),  # whole tiles: 8 of the CTAs have none, which costs a 64th
+        (32, 132, (32,) * 32, 64, 1),  # two whole tiles
         (32, 264, (64,) * 31 + (63,), 63, 2),
-        (8, 264, (512,) * 8, 125, 6),
+        (8, 264, (512,) * 8, 128, 4),  # quarters of tiles
+        (8, 132, (256,) * 7 + (255,), 125, 4),
+        (1, 132, (1000,), 63, 16),
+        (1, 132, (17,), 2, 9),  # of the 16 CTAs of a tile 7 have none
+        (10, 132, (100,) * 10, 61, 3),  # a tile each would leave 52 CTAs idle
         (2, 264, (1, 0), 1, 1),
         (2, 264, (0, 0), 1, 0),
     ],
 )
 def test_steps_are_dealt_out(batch, ctas, tiles, each, parts):
-    """In equal parts, or as whole tiles if that is nearly as even; and every CTA's segments have their numbers."""
+    """In equal parts, or by tiles if that is nearly as even; and every CTA's segments have their numbers."""
     query = jax.ShapeDtypeStruct((batch, 32, 1, 128), "bfloat16")
-    key = jax.ShapeDtypeStruct((batch, 8, max(*tiles, 1) * 64, 128), "bfloat16")
+    key = jax.ShapeDtypeStruct((batch, 8, max(*tiles, 1) * 128, 128), "bfloat16")
     problem, _ = problem_of(query, key, key, options={"ctas": ctas})
     plan = Plan(problem, decode_config.choose(problem))
-    steps = [n for n in tiles for _ in range(8)]
-    assert plan.steps_each(sum(steps), 8 * tiles[0]) == each
-    numbers, first, most = [], 0, 0
-    for tile, count in enumerate(steps):
-        start, number = plan.segments(tile, first, count, each)
-        numbers += range(int(start), int(start) + int(number))
-        most, first = max(most, int(number)), first + count
-    assert most == parts
-    assert len(set(numbers)) == len(numbers)
-    assert max(numbers, default=0) < ctas + len(steps)
+    steps = np.repeat(tiles, 8)
+    total, of_first = sum(steps), 8 * tiles[0]
+    deal = plan.deal(total, of_first)
+    assert deal.each == each
+    begin, end = (np.asarray(x) for x in plan.share(np.arange(ctas), total, of_first, deal))
+    cta = np.repeat(np.arange(ctas), end - begin)
+    assert (np.concatenate([[0], end]) == np.append(begin, total)).all()
+    ends = np.cumsum(steps)
+    tile = np.searchsorted(ends, np.arange(total), side="right")
+    first, number = plan.segments(np.arange(len(steps)), ends - steps, steps, deal)
+    assert max(number) == parts
+    segments = {(int(t), int(c + t)) for t, c in zip(tile, cta, strict=True)}
+    expected = {(t, int(first[t]) + i) for t in range(len(steps)) for i in range(int(number[t]))}
+    assert segments == expected
+    assert len({number for _, number in segments}) == len(segments)
+    assert max((number for _, number in segments), default=0) < ctas + len(steps)

@@ -30,8 +30,9 @@ from flexjax.backends.mosaic_gpu.decode_plan import Plan
 from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
 from flexjax.backends.mosaic_gpu.registers import FIRST_NAMED_BARRIER, WARPGROUP
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
+from flexjax.block_lists import cdiv
 
-_MOST_AT_A_TIME = 8
+_MOST_AT_A_TIME = 24
 _VECTOR = 4  # columns of a thread, 16 bytes
 
 
@@ -133,55 +134,74 @@ class _Sums:
     targets: list[Any]
     share: Share
 
-    @property
-    def at_a_time(self) -> int:
-        """Segments that are read side by side: as many as even sequences have, if registers hold them."""
-        cuts = self.plan.config.ctas // self.plan.rows.all_tiles
-        return min(cuts + 2, _MOST_AT_A_TIME)
+    def _side_by_side(self, vectors: int) -> tuple[int, int]:
+        """(segments, vectors of a thread) that are read at a time: as many as registers hold."""
+        most = self.plan.config.ctas // self.plan.rows.all_tiles + 2  # that even sequences have
+        segments = cdiv(most, cdiv(most, _MOST_AT_A_TIME))
+        return segments, max(1, min(cdiv(vectors, WARPGROUP), _MOST_AT_A_TIME // segments))
 
     def emit(self) -> None:
         """All elements that the thread has."""
         _, rows, columns = ir.MemRefType(self.segments.out.type).shape
         i32 = ir.IntegerType.get_signless(32)
         vectors, in_row = rows * columns // _VECTOR, columns // _VECTOR
-        end, step = (arith.constant(i32, n) for n in (vectors, WARPGROUP))
+        segments, wide = self._side_by_side(vectors)
+        end, step = (arith.constant(i32, n) for n in (vectors, WARPGROUP * wide))
         loop = scf.ForOp(mgpu.utils.thread_idx(), end, step)
         with ir.InsertionPoint(loop.body):
-            place = Lane(loop.induction_variable, I32)
-            row, column = lanes.div(place, in_row), lanes.rem(place, in_row) * _VECTOR
-            in_tile = self.share.first_row + row < self.plan.rows.count
-            with mgpu.utils.when(in_tile.ir):
-                self._store(row, column, *self._sums(row, column))
+            first, spots, there = Lane(loop.induction_variable, I32), [], []
+            for i in range(wide):
+                place = first + i * WARPGROUP
+                inside = lanes.minimum(place, vectors - 1)
+                row, column = lanes.div(inside, in_row), lanes.rem(inside, in_row) * _VECTOR
+                spots.append((row, column))
+                there.append(
+                    (place < vectors) & (self.share.first_row + row < self.plan.rows.count)
+                )
+            all_sums = self._sums(spots, segments)
+            for (row, column), exists, sums in zip(spots, there, all_sums, strict=True):
+                with mgpu.utils.when(exists.ir):
+                    self._store(row, column, *sums)
             scf.yield_([])
 
-    def _sums(self, row: Lane, column: Lane) -> tuple[Lane, Lane, ir.Value]:
-        """(reference, sum, output) of some columns of a row."""
-        share, at_a_time = self.share, self.at_a_time
+    def _sums(
+        self, spots: list[tuple[Lane, Lane]], at_a_time: int
+    ) -> list[tuple[Lane, Lane, ir.Value]]:
+        """(reference, sum, output) of some columns of rows, given as (row, first column)."""
         kind = ir.VectorType.get((_VECTOR,), ir.F32Type.get())
         i32 = ir.IntegerType.get_signless(32)
         nothing = lanes.const(0.0, F32)
         start = [lanes.const(-np.inf, F32).ir, nothing.ir, vector.broadcast(kind, nothing.ir)]
         zero, step = (arith.constant(i32, n) for n in (0, at_a_time))
-        loop = scf.ForOp(zero, share.count.ir, step, start)
+        loop = scf.ForOp(zero, self.share.count.ir, step, start * len(spots))
         with ir.InsertionPoint(loop.body):
-            first = Lane(loop.induction_variable, I32)
-            reference, total, out = loop.inner_iter_args
-            reference, total = Lane(reference, F32), Lane(total, F32)
-            read = [self._segment(first + k, row, column) for k in range(at_a_time)]
-            top = reference
-            for other, _, _ in read:
-                top = lanes.maximum(top, other)
-            safe = lanes.select(lanes.compare("eq", top, -np.inf), 0.0, top)
-            weight = lanes.call("exp2.approx", reference - safe)
-            total, out = total * weight, arith.mulf(out, vector.broadcast(kind, weight.ir))
-            for other, other_total, other_out in read:
-                weight = lanes.call("exp2.approx", other - safe)
-                total = total + weight * other_total
-                weighted = arith.mulf(other_out, vector.broadcast(kind, weight.ir))
-                out = arith.addf(out, weighted)
-            scf.yield_([top.ir, total.ir, out])
-        reference, total, out = loop.results
-        return Lane(reference, F32), Lane(total, F32), out
+            first, before = Lane(loop.induction_variable, I32), list(loop.inner_iter_args)
+            read = [[self._segment(first + k, *spot) for k in range(at_a_time)] for spot in spots]
+            after = []
+            for i, segments in enumerate(read):
+                reference, total, out = before[3 * i : 3 * i + 3]
+                after += self._added(Lane(reference, F32), Lane(total, F32), out, segments)
+            scf.yield_(after)
+        results = list(loop.results)
+        return [
+            (Lane(results[i], F32), Lane(results[i + 1], F32), results[i + 2])
+            for i in range(0, len(results), 3)
+        ]
+
+    def _added(self, reference: Lane, total: Lane, out: ir.Value, segments: list[Any]) -> list[Any]:
+        """The sums of a spot with those of some segments."""
+        top = reference
+        for other, _, _ in segments:
+            top = lanes.maximum(top, other)
+        safe = lanes.select(lanes.compare("eq", top, -np.inf), 0.0, top)
+        weight = lanes.call("exp2.approx", reference - safe)
+        total, out = total * weight, arith.mulf(out, vector.broadcast(out.type, weight.ir))
+        for other, other_total, other_out in segments:
+            weight = lanes.call("exp2.approx", other - safe)
+            total = total + weight * other_total
+            weighted = arith.mulf(other_out, vector.broadcast(out.type, weight.ir))
+            out = arith.addf(out, weighted)
+        return [top.ir, total.ir, out]
 
     def _segment(self, number: Lane, row: Lane, column: Lane) -> tuple[Lane, Lane, ir.Value]:
         """What a segment has; one that is not there reads the last one, with a reference of -inf."""
@@ -234,8 +254,8 @@ def add_up_outside(
     row = tile // plan.inner
     count = (starts[row + 1] - starts[row]) // plan.inner
     first_step = starts[row] + (tile - row * plan.inner) * count
-    each = plan.steps_each(starts[plan.list_rows], starts[1])
-    first, parts = plan.segments(tile, first_step, count, each)
+    deal = plan.deal(starts[plan.list_rows], starts[1])
+    first, parts = plan.segments(tile, first_step, count, deal)
     number = jnp.arange(plan.config.ctas)[None]
     there = number < parts[:, None]
     where = first[:, None] + jnp.where(there, number, 0)

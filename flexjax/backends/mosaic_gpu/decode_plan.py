@@ -8,24 +8,39 @@ so that neither a long sequence nor a short one leaves a part of the machine idl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flexjax.backends.mosaic_gpu.convexity import in_one_piece
 from flexjax.backends.mosaic_gpu.decode_config import DecodeConfig, Rows
 from flexjax.block_lists import PARTIAL, cdiv, lists_from_states
 from flexjax.mods.bound_rules import Bounds
+from flexjax.mods.graph import Graph
 from flexjax.mods.regions import Exact, Regions, bounds
 from flexjax.problem import Operands, Problem
 
 _FEW = 512  # list rows
 # So many lengths the kernel looks through by itself, which spares a small kernel before it.
 _IN_KERNEL = 32
-# CTAs get whole tiles if that makes their shares longer by at most this part of them.
+# CTAs get whole tiles, or parts of one, if that makes their shares longer by at most this part of them.
 _WHOLE_TILES = 16
 ALL, RANGE, LISTS = "all", "range", "lists"
+
+
+class Deal(NamedTuple):
+    """How steps are dealt out.
+
+    Attributes:
+        each: steps of a CTA, one after another; the last CTAs may have fewer.
+        by_tile: whether each tile has CTAs of its own, `Plan.cuts` of them.
+    """
+
+    each: Any
+    by_tile: Any
 
 
 class Work(NamedTuple):
@@ -66,9 +81,12 @@ class Plan:
 
     @property
     def _own_mask(self) -> Any:
-        """The mask, where it and not given lists tells which blocks live."""
+        """The mask, where it tells which tiles live, and neither given lists nor the lengths alone do."""
         decoding = self.problem.decoding
-        return None if decoding is None or decoding.bare else self.problem.mask
+        mask = self.problem.mask
+        if decoding is None or decoding.bare or mask is None or _sees_all(self, mask):
+            return None
+        return mask
 
     @property
     def by_head(self) -> bool:
@@ -111,22 +129,50 @@ class Plan:
 
     # -- how steps are dealt out ----------------------------------------------------------------
 
-    def steps_each(self, total: Any, first: Any) -> Any:
-        """Steps of every CTA but the last ones, from the numbers of all steps and of those of the first list row.
+    @property
+    def cuts(self) -> int:
+        """CTAs that a tile has where none has parts of two; 0 where there are more tiles than CTAs."""
+        return self.config.ctas // self.rows.all_tiles
 
-        Equal parts; or, where all tiles may have equally many steps and little is lost by it, whole tiles: parts
-        of tiles have to be written, read and added up.
+    def deal(self, total: Any, first: Any) -> Deal:
+        """How steps are dealt out, from the numbers of all steps and of those of the first list row.
+
+        In equal parts; or, where all tiles have equally many steps and little is lost by it, so that no CTA has
+        parts of two tiles: it has to wait for the queries of the second, behind all the keys that
+        are on their way, and results of one CTA need not be added up.
         """
         ctas, count = self.config.ctas, jnp.maximum(lax.div(first, jnp.int32(self.inner)), 1)
-        equal = jnp.maximum(lax.div(total + (ctas - 1), jnp.int32(ctas)), 1)
-        whole = lax.div(equal + (count - 1), count) * count
+        equal = jnp.maximum(_cdiv(total, jnp.int32(ctas)), 1)
+        own = _cdiv(count, jnp.int32(self.cuts)) if self.cuts else _cdiv(equal, count) * count
         even = total == count * self.rows.all_tiles
-        return jnp.where(even & ((whole - equal) * _WHOLE_TILES <= equal), whole, equal)
+        fits = even & ((own - equal) * _WHOLE_TILES <= equal)
+        return Deal(jnp.where(fits, own, equal), fits & (self.cuts > 0))
 
-    def segments(self, tile: Any, first_step: Any, count: Any, each: Any) -> tuple[Any, Any]:
+    def share(self, cta: Any, total: Any, first: Any, deal: Deal) -> tuple[Any, Any]:
+        """The first step of a CTA, and the one behind its last, from the same numbers."""
+        begin = jnp.minimum(cta * deal.each, total)
+        end = jnp.minimum(begin + deal.each, total)
+        if not self.cuts:
+            return begin, end
+        count, cuts = lax.div(first, jnp.int32(self.inner)), jnp.int32(self.cuts)
+        tile, part = lax.div(cta, cuts) * count, lax.rem(cta, cuts) * deal.each
+
+        def inside(steps: Any) -> Any:
+            return jnp.minimum(tile + jnp.minimum(steps, count), total)
+
+        own_begin, own_end = inside(part), inside(part + deal.each)
+        return (
+            jnp.where(deal.by_tile, own_begin, begin),
+            jnp.where(deal.by_tile, own_end, end),
+        )
+
+    def segments(self, tile: Any, first_step: Any, count: Any, deal: Deal) -> tuple[Any, Any]:
         """(number of the first one, how many) of the segments of a tile, from its first step and their count."""
-        first, last = lax.div(first_step, each), lax.div(first_step + (count - 1), each)
-        return first + tile, jnp.where(count > 0, last - first + 1, 0)
+        first = lax.div(first_step, deal.each)
+        last = lax.div(first_step + (count - 1), deal.each)
+        first = jnp.where(deal.by_tile, tile * self.cuts, first)
+        number = jnp.where(deal.by_tile, _cdiv(count, deal.each), last - first + 1)
+        return first + tile, jnp.where(count > 0, number, 0)
 
     # -- on the device --------------------------------------------------------------------------
 
@@ -152,7 +198,7 @@ class Plan:
         elif self.problem.blocks is not None:
             counts, lists = self._given(operands)
         else:
-            live = self._live(operands)
+            live = self.live(self._own_mask, operands.mask_captures, jnp)
             if self.kind == RANGE:
                 begin, end = _ends(live)
                 counts = jnp.maximum(end - begin, 0)
@@ -180,14 +226,14 @@ class Plan:
         steps = jnp.repeat(steps, self.problem.batch // blocks.batch, axis=0)
         return steps, (counts[0], indices[0], counts[1], indices[1])
 
-    def _live(self, operands: Operands) -> Any:
-        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]."""
-        problem, tile, mask = self.problem, self.config.kv_tile, self._own_mask
+    def live(self, mask: Any, captures: Any, xp: Any) -> Any:
+        """Where the mask is possibly true: bool [B or 1, heads or 1, tiles of keys]; for `xp` see `bounds`."""
+        problem, tile = self.problem, self.config.kv_tile
         batch = problem.batch if "b" in mask.depends else 1
         heads = problem.q_heads if "h" in mask.depends else 1
 
         def along(axis: int, n: int) -> Any:
-            return jnp.arange(n, dtype=jnp.int32).reshape([n if i == axis else 1 for i in range(4)])
+            return xp.arange(n, dtype=np.int32).reshape([n if i == axis else 1 for i in range(4)])
 
         kv = along(3, self.kv_tiles) * tile
         q = along(2, 1)
@@ -195,15 +241,32 @@ class Plan:
             "b": Exact(along(0, batch)),
             "h": Exact(along(1, heads)),
             "q": Bounds(q, q + (problem.q_len - 1)),
-            "kv": Bounds(kv, jnp.minimum(kv + (tile - 1), problem.kv_len - 1)),
+            "kv": Bounds(kv, xp.minimum(kv + (tile - 1), problem.kv_len - 1)),
         }
         blocks = {"q": (problem.q_len, problem.q_len, 2), "kv": (problem.kv_len, tile, 3)}
-        _, possible = bounds(mask, operands.mask_captures, Regions(inputs, blocks), jnp)
-        possible = jnp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
+        _, possible = bounds(mask, captures, Regions(inputs, blocks), xp)
+        possible = xp.broadcast_to(possible, (batch, heads, 1, self.kv_tiles))
         live = possible.reshape(
             batch, heads // self.rows.group if heads > 1 else 1, -1, self.kv_tiles
         )
         return live.any(2)
+
+
+@functools.cache
+def _sees_all(plan: Plan, mask: Graph) -> bool:
+    """Whether the mask leaves all tiles alive, as a causal one does: then the lengths tell, without an XLA kernel.
+
+    A guess from sequences as long as the cache. Where it is wrong, steps visit tiles in vain.
+    """
+    problem = plan.problem
+    lengths = np.full(problem.batch, problem.kv_len, np.int32)
+    known = [(c.shape, c.dtype) == (lengths.shape, lengths.dtype) for c in mask.captures]
+    if known != [True]:
+        return False  # other arrays than the lengths decide
+    try:
+        return bool(plan.live(mask, (lengths,), np).all())
+    except NotImplementedError:
+        return False
 
 
 def _ends(live: Any) -> tuple[Any, Any]:
@@ -217,6 +280,10 @@ def _ends(live: Any) -> tuple[Any, Any]:
         (live.ndim - 1,),
     )
     return begin, end
+
+
+def _cdiv(n: Any, d: Any) -> Any:
+    return lax.div(n + (d - 1), d)
 
 
 def _starts(counts: Any) -> Any:

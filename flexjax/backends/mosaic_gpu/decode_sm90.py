@@ -4,7 +4,7 @@ The steps of all tiles, one after another, are dealt out to as many CTAs as run 
 CTA is one warpgroup that keeps a ring of shared-memory stages filled by TMA and computes what arrives, two of them
 on a multiprocessor; its steps may belong to several tiles, and the loads for the next tile run ahead of the end of
 this one. A tile that a CTA has all the steps of is done then. Of others it writes down what it has, a *segment*,
-unnormalised; the last CTA to do so adds the segments up (combine_sm90.py).
+unnormalised; of the CTAs that have segments of a tile, the one that is done last adds them up (combine_sm90.py).
 
     for each step:
         S = Q K^T, give the stage of K to the next load, P = softmax of S
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -37,7 +37,7 @@ from flexjax.backends.mosaic_gpu.decode_kernel_sm90 import (
     Results,
     Segments,
 )
-from flexjax.backends.mosaic_gpu.decode_plan import Plan
+from flexjax.backends.mosaic_gpu.decode_plan import Deal, Plan
 from flexjax.backends.mosaic_gpu.decode_steps import Place, Step, Steps
 from flexjax.backends.mosaic_gpu.launch_sm90 import (
     addressable,
@@ -145,6 +145,23 @@ def _arrays(plan: Plan, operands: Operands) -> tuple[Any, Any, Any]:
     return query, key, value
 
 
+class Load(NamedTuple):
+    """A step, and of a paged cache the rows of the pool at which its copies begin."""
+
+    step: Step
+    pool_rows: tuple[Any, ...]
+
+
+class Ahead(NamedTuple):
+    """Where the next step to be loaded lies, and its entries of the page table.
+
+    Entries are asked for a step before they are needed: they come behind the keys that are on their way.
+    """
+
+    place: Place
+    entries: tuple[Any, ...]
+
+
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
     Decoder(kernel, inputs, outputs, buffers).run(lax.axis_index("cta"))
 
@@ -164,44 +181,59 @@ class Decoder:
 
     def run(self, cta: Any) -> None:
         plan, stages = self.kernel.plan, self.kernel.plan.config.stages
-        total = self.steps.total
-        each = plan.steps_each(total, self.steps.steps_of(0))
-        begin = jnp.minimum(cta * each, total)
-        end = jnp.minimum(begin + each, total)
+        total, of_first = self.steps.total, self.steps.steps_of(0)
+        deal = plan.deal(total, of_first)
+        begin, end = plan.share(cta, total, of_first, deal)
         nowhere = Place(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        start = self.steps.located(begin, nowhere)
+        # Asked for before any key: what is asked for later waits until a whole ring of keys has come.
+        queries = self._queries(self.steps.step_at(begin, start))
 
-        def fill(i: Any, place: Place) -> Place:
-            place = self.steps.located(begin + i, place)
-            step = self.steps.step_at(begin + i, place)
+        def fill(i: Any, ahead: Ahead) -> Ahead:
+            load, later = self._coming(begin + i, ahead)
 
             @pl.when(begin + i < end)
             def _() -> None:
-                self._load(self.inputs.key, self.buffers.key, self.buffers.key_full, i, step)
-                self._load(self.inputs.value, self.buffers.value, self.buffers.value_full, i, step)
+                self._load(self.inputs.key, self.buffers.key, self.buffers.key_full, i, load)
+                self._load(self.inputs.value, self.buffers.value, self.buffers.value_full, i, load)
 
-            return place
+            return later
 
-        ahead = lax.fori_loop(0, stages, fill, nowhere)
+        first = Ahead(start, self.steps.entries(self.steps.step_at(begin, start)))
+        ahead = lax.fori_loop(0, stages, fill, first)
+        self._put_queries(queries)
         v_dim = self.buffers.value.shape[-1]
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
-        carry = nowhere, ahead, zeros, self.kernel.softmax.start(WARPGROUP_ROWS)
-        lax.fori_loop(begin, end, lambda x, c: self._step(cta, each, x, begin, end, *c), carry)
-        self._empty_tiles(cta)
+        carry = start, ahead, zeros, self.kernel.softmax.start(WARPGROUP_ROWS)
+        last, *_ = lax.fori_loop(
+            begin, end, lambda x, c: self._step(cta, deal, x, begin, end, *c), carry
+        )
+        if not plan.config.interpret:
+            self._add_up_segments(begin, end, start, last, deal)
+            self._empty_tiles(cta)
 
     # -- loads ----------------------------------------------------------------------------------
 
-    def _load(self, source: Any, target: Any, full: Any, stage: Any, step: Step) -> None:
+    def _coming(self, x: Any, ahead: Ahead) -> tuple[Load, Ahead]:
+        """What step x loads, from what is known ahead of it, and the same for the next step."""
+        step = self.steps.step_at(x, ahead.place)
+        place = self.steps.located(x + 1, ahead.place)
+        entries = self.steps.entries(self.steps.step_at(x + 1, place)) if ahead.entries else ()
+        return Load(step, self.steps.pool_rows(step, ahead.entries)), Ahead(place, entries)
+
+    def _load(self, source: Any, target: Any, full: Any, stage: Any, load: Load) -> None:
+        step, pool_rows = load
         plan, problem = self.kernel.plan, self.kernel.plan.problem
         kv_tile, pieces = plan.config.kv_tile, self.kernel.pieces
         head = step.head if plan.config.packed else lax.div(step.head, jnp.int32(problem.group))
-        if not step.pages:
+        if not pool_rows:
             b = lax.div(step.b, jnp.int32(problem.batch // problem.kv_batch))
             first = pl.multiple_of(self.steps.inside(step.first_key), kv_tile)
             where = rows(problem, source, b, head, first, kv_tile)
             plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
             return
         length = kv_tile // pieces
-        for i, row in enumerate(step.pages):
+        for i, row in enumerate(pool_rows):
             where = source.at[head, pl.ds(pl.multiple_of(row, length), length)]
             part = target.at[stage]
             part = part if pieces == 1 else part.at[pl.ds(i * length, length)]
@@ -216,14 +248,22 @@ class Decoder:
             plgpu.barrier_wait(free.at[0])
             self._load(*load)
 
-    def _load_queries(self, step: Step) -> None:
-        """Queries of a tile to shared memory; rows past the last one repeat it."""
-        plan, buffer = self.kernel.plan, self.buffers.query
+    def _next_queries(self, step: Step) -> None:
+        """Queries of the next tile to shared memory, when all warps have read those of the last one."""
         plgpu.barrier_arrive(self.buffers.query_free.at[0])
         plgpu.barrier_wait(self.buffers.query_free.at[0])
-        query = self.inputs.query
+        self._put_queries(self._queries(step))
+
+    def _put_queries(self, queries: list[Any]) -> None:
+        for part, values in zip(_columns(self.buffers.query), queries, strict=True):
+            part[...] = values
+        plgpu.commit_smem()
+
+    def _queries(self, step: Step) -> list[Any]:
+        """Queries of a tile, by columns; rows past the last one repeat it."""
+        plan, query, parts = self.kernel.plan, self.inputs.query, []
         graph = packing.reader(query.shape, plan.problem.q_dtype)
-        for i, part in enumerate(_columns(buffer)):
+        for i, part in enumerate(_columns(self.buffers.query)):
             inputs = emit.TileInputs(
                 score=None,
                 b=0,
@@ -236,30 +276,31 @@ class Decoder:
                 kv_limit=part.shape[-1],
                 interpret=plan.config.interpret,
             )
-            part[...] = emit.on_tile(graph, (query,), inputs)[0].astype(plan.problem.q_dtype)
-        plgpu.commit_smem()
+            parts.append(emit.on_tile(graph, (query,), inputs)[0].astype(plan.problem.q_dtype))
+        return parts
 
     # -- one step -------------------------------------------------------------------------------
 
     def _step(
         self,
         cta: Any,
-        each: Any,
+        deal: Deal,
         x: Any,
         begin: Any,
         end: Any,
         place: Place,
-        ahead: Place,
+        ahead: Ahead,
         out: Any,
         state: State,
-    ) -> tuple[Place, Place, Any, State]:
+    ) -> tuple[Place, Ahead, Any, State]:
         config, buffers, softmax = self.kernel.plan.config, self.buffers, self.kernel.softmax
         stage = lax.rem(x - begin, jnp.int32(config.stages))
-        place, ahead = self.steps.located(x, place), self.steps.located(x + config.stages, ahead)
-        step, next_step = self.steps.step_at(x, place), self.steps.step_at(x + config.stages, ahead)
+        place = self.steps.located(x, place)
+        step = self.steps.step_at(x, place)
+        next_load, ahead = self._coming(x + config.stages, ahead)
         more = x + config.stages < end
-        starts = (x == begin) | (step.number == 0)
-        pl.when(starts)(lambda: self._load_queries(step))
+        starts = (x != begin) & (step.number == 0)
+        pl.when(starts)(lambda: self._next_queries(step))
         out = jnp.where(jnp.broadcast_to(starts, out.shape), 0.0, out)
         state = State(
             jnp.where(jnp.broadcast_to(starts, (WARPGROUP_ROWS,)), -jnp.inf, state.reference),
@@ -267,7 +308,7 @@ class Decoder:
         )
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = products_sm90.scores(buffers.query, buffers.key.at[stage])
-        load = self.inputs.key, buffers.key, buffers.key_full, stage, next_step
+        load = self.inputs.key, buffers.key, buffers.key_full, stage, next_load
         self._pass_on(buffers.key_free, *load, wanted=more)
         scores = self._hidden(self._scores(scores, step), step)
         p, state, alpha = softmax.searching(scores, state)
@@ -277,14 +318,14 @@ class Decoder:
         p = p.astype(self.kernel.plan.problem.q_dtype)
         staged = buffers.probabilities[0] if buffers.probabilities else None
         out = products_sm90.add_weighted(out, p, buffers.value.at[stage], staged)
-        load = self.inputs.value, buffers.value, buffers.value_full, stage, next_step
+        load = self.inputs.value, buffers.value, buffers.value_full, stage, next_load
         self._pass_on(buffers.value_free, *load, wanted=more)
 
         @pl.when(step.last | (x == end - 1))
         def _() -> None:
-            first_step = x - step.number
-            parts = self.kernel.plan.segments(step.tile, first_step, place.count, each)
-            self._store(cta, step, parts, out, state)
+            _, segments = self._segments(x, step, place, deal)
+            pl.when(segments == 1)(lambda: self._store_results(step, out, state))
+            pl.when(segments > 1)(lambda: self._store_segment(cta + step.tile, out, state))
 
         return place, ahead, out, state
 
@@ -347,18 +388,31 @@ class Decoder:
 
     # -- results --------------------------------------------------------------------------------
 
-    def _store(self, cta: Any, step: Step, parts: Any, out: Any, state: State) -> None:
-        """Writes down the results of a tile, or a segment of it."""
-        interpret = self.kernel.plan.config.interpret
-        first, count = parts
-        pl.when(count == 1)(lambda: self._store_results(step, out, state))
+    def _segments(self, x: Any, step: Step, place: Place, deal: Deal) -> tuple[Any, Any]:
+        """See `Plan.segments`; of the tile of step x."""
+        return self.kernel.plan.segments(step.tile, x - step.number, place.count, deal)
 
-        @pl.when(count > 1)
-        def _() -> None:
-            self._store_segment(cta + step.tile, out, state)
-            if not interpret:
+    def _add_up_segments(self, begin: Any, end: Any, start: Place, last: Place, deal: Deal) -> None:
+        """Counts the segments of the CTA's first and last tile in, and adds up those of a tile that is complete.
+
+        Only at the end, also for the first: a counter is behind all the keys that are on their way.
+        """
+
+        def visit(i: Any, carry: None) -> None:
+            x = jnp.where(i == 0, begin, end - 1)
+            place = Place(*(jnp.where(i == 0, a, b) for a, b in zip(start, last, strict=True)))
+            step = self.steps.step_at(x, place)
+            first, count = self._segments(x, step, place, deal)
+            other = (i == 0) | (x - step.number > begin)
+
+            @pl.when((begin < end) & other & (count > 1))
+            def _() -> None:
                 share = self._share(step.tile, step.b, step.head, step.part, first, count)
                 self._add_up(share, written=True)
+
+            return carry
+
+        lax.fori_loop(0, 2, visit, None)
 
     def _store_segment(self, segment: Any, out: Any, state: State) -> None:
         plan, total, segments = self.kernel.plan, state.total, self.outputs.segments
@@ -414,8 +468,6 @@ class Decoder:
     def _empty_tiles(self, cta: Any) -> None:
         """Writes the results of tiles without any step, which are dealt out to the CTAs in turns."""
         plan, rows = self.kernel.plan, self.kernel.plan.rows
-        if plan.config.interpret:
-            return
 
         def visit(i: Any, carry: None) -> None:
             number = cta + i * plan.config.ctas

@@ -33,8 +33,6 @@ class Step(NamedTuple):
         last: whether it is the last one of its tile.
         first_key: first of its keys.
         masked: whether the mask counts.
-        pages: of a paged cache, the rows of the pool that its keys begin at, one a copy. They are looked up when
-            the step is located, long before its stage is free.
     """
 
     tile: Any
@@ -45,7 +43,6 @@ class Step(NamedTuple):
     last: Any
     first_key: Any
     masked: Any
-    pages: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +119,7 @@ class Steps:
         head, part = lax.div(tile, jnp.int32(row.tiles)), lax.rem(tile, jnp.int32(row.tiles))
         b, head = lax.div(head, jnp.int32(row.heads)), lax.rem(head, jnp.int32(row.heads))
         first_key, masked = self._first_key(place.row, b, head, number)
-        pages = self._pages(b, self.inside(first_key))
-        return Step(tile, b, head, part, number, number == count - 1, first_key, masked, pages)
+        return Step(tile, b, head, part, number, number == count - 1, first_key, masked)
 
     def _first_key(self, list_row: Any, b: Any, head: Any, number: Any) -> tuple[Any, Any]:
         """(first key of a step, whether the mask counts there)."""
@@ -162,19 +158,37 @@ class Steps:
         kv_len = self.plan.problem.kv_len
         return jnp.minimum(self.inputs.lengths[0][b], kv_len) if self.inputs.lengths else kv_len
 
-    def _pages(self, b: Any, first_key: Any) -> tuple[Any, ...]:
-        """See `Step.pages`."""
+    def entries(self, step: Step) -> tuple[Any, ...]:
+        """Entries of the page table for the copies of a step; none without pages."""
         if not self.inputs.page_table:
             return ()
-        decoding, pieces = self.plan.problem.decoding, self.kernel.pieces
+        (table,) = self.inputs.page_table
+        last = table.shape[1] - 1
+        return tuple(
+            table[step.b, jnp.minimum(lax.div(position, jnp.int32(self._page)), last)]
+            for position in self._positions(step)
+        )
+
+    def pool_rows(self, step: Step, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The rows of the pool at which the copies of a step begin, from their entries."""
+        if not entries:
+            return ()
+        rows, pool = [], self.inputs.key.shape[1] // self._page
+        for position, entry in zip(self._positions(step), entries, strict=True):
+            # Past the length the table holds anything: some page is read, and masked.
+            row = jnp.clip(entry, 0, pool - 1) * self._page
+            inside = lax.rem(position, jnp.int32(self._page))
+            rows.append(row + (inside if self.kernel.pieces == 1 else 0))
+        return tuple(rows)
+
+    @property
+    def _page(self) -> int:
+        decoding = self.plan.problem.decoding
         assert decoding is not None, "only decoding steps have tables"
         assert decoding.page_size is not None, "tables come with pages"
-        page, (table,) = decoding.page_size, self.inputs.page_table
-        rows, pool = [], self.inputs.key.shape[1] // page
-        for i in range(pieces):
-            position = first_key + i * (self.plan.config.kv_tile // pieces)
-            entry = jnp.minimum(lax.div(position, jnp.int32(page)), table.shape[1] - 1)
-            # Past the length the table holds anything: some page is read, and masked.
-            number = jnp.clip(table[b, entry], 0, pool - 1)
-            rows.append(number * page + (lax.rem(position, jnp.int32(page)) if pieces == 1 else 0))
-        return tuple(rows)
+        return decoding.page_size
+
+    def _positions(self, step: Step) -> list[Any]:
+        """First keys of the copies of a step."""
+        length = self.plan.config.kv_tile // self.kernel.pieces
+        return [self.inside(step.first_key) + i * length for i in range(self.kernel.pieces)]
