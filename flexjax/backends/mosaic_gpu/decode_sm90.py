@@ -55,6 +55,10 @@ from flexjax.problem import BLHD, Operands, Problem, Result, heads_first
 # Columns of queries or values that are on their way through registers at a time.
 _COLUMNS = 64
 
+# How many steps before its copies an entry of the page table is asked for: it comes behind the keys that are on
+# their way. Measured: pages of 64 1.023 times contiguous keys with three, 1.032 with one; others the same.
+_ENTRIES_AHEAD = 3
+
 
 def forward(problem: Problem, operands: Operands, config: DecodeConfig) -> Result:
     """Runs the kernel.
@@ -153,13 +157,17 @@ class Load(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """Where the next step to be loaded lies, and its entries of the page table.
+    """What is known of steps that are not loaded yet.
 
-    Entries are asked for a step before they are needed: they come behind the keys that are on their way.
+    Attributes:
+        place: of the next one.
+        far: of the last one whose entries of the page table are there; empty without pages.
+        entries: of the next steps, one behind another.
     """
 
     place: Place
-    entries: tuple[Any, ...]
+    far: tuple[Place, ...]
+    entries: tuple[tuple[Any, ...], ...]
 
 
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
@@ -199,8 +207,7 @@ class Decoder:
 
             return later
 
-        first = Ahead(start, self.steps.entries(self.steps.step_at(begin, start)))
-        ahead = lax.fori_loop(0, stages, fill, first)
+        ahead = lax.fori_loop(0, stages, fill, self._ahead(begin, start))
         self._put_queries(queries)
         v_dim = self.buffers.value.shape[-1]
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
@@ -214,12 +221,27 @@ class Decoder:
 
     # -- loads ----------------------------------------------------------------------------------
 
+    def _ahead(self, begin: Any, start: Place) -> Ahead:
+        """What is known ahead of the first step."""
+        if not self.inputs.page_table:
+            return Ahead(start, (), ())
+        far, entries = start, [self.steps.entries(self.steps.step_at(begin, start))]
+        for x in (begin + i for i in range(1, _ENTRIES_AHEAD)):
+            far = self.steps.located(x, far)
+            entries.append(self.steps.entries(self.steps.step_at(x, far)))
+        return Ahead(start, (far,), tuple(entries))
+
     def _coming(self, x: Any, ahead: Ahead) -> tuple[Load, Ahead]:
         """What step x loads, from what is known ahead of it, and the same for the next step."""
         step = self.steps.step_at(x, ahead.place)
         place = self.steps.located(x + 1, ahead.place)
-        entries = self.steps.entries(self.steps.step_at(x + 1, place)) if ahead.entries else ()
-        return Load(step, self.steps.pool_rows(step, ahead.entries)), Ahead(place, entries)
+        if not ahead.entries:
+            return Load(step, ()), Ahead(place, (), ())
+        entries, *later = ahead.entries
+        last = x + _ENTRIES_AHEAD
+        far = self.steps.located(last, *ahead.far)
+        later.append(self.steps.entries(self.steps.step_at(last, far)))
+        return Load(step, self.steps.pool_rows(step, entries)), Ahead(place, (far,), tuple(later))
 
     def _load(self, source: Any, target: Any, full: Any, stage: Any, load: Load) -> None:
         step, pool_rows = load
