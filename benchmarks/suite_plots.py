@@ -66,6 +66,7 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
         page = f"\npage {row['page']}" if "page" in row else ""
         more = f" L{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
         more += f"\nto {min(row['lengths'])}" if "lengths" in row else ""
+        more += f"\n{_layers(row)} layers" if _layers(row) else ""
         group = f"B{row['B']} {row['Hq']}/{row['Hkv']}\nS{row['S']}{page}{more}"
         panels.setdefault(row["variant"], {}).setdefault(group, {})[row["peer"]] = row[key], None
     return panels_of_bars(chosen, list(panels.items()), label, title)
@@ -73,4 +74,9 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
 
 def _size(row: dict[str, Any]) -> tuple[Any, ...]:
     names = ("variant", "S", "B", "Hq", "Hkv", "L", "D", "page", "window")
-    return *(row.get(name) or 0 for name in names), tuple(row.get("lengths", ()))
+    return *(row.get(name) or 0 for name in names), _layers(row), tuple(row.get("lengths", ()))
+
+
+def _layers(row: dict[str, Any]) -> int:
+    """Layers of the model; 0 where an attention alone was measured."""
+    return row.get("config", {}).get("layers", 0)
