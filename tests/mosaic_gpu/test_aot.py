@@ -66,9 +66,8 @@ def _temporary_bytes_allowed(group: str, options: dict) -> float:
     """No pass holds anything of the size of its inputs but dQ in float32; odd lengths and decoding aside."""
     if group == "decode" or "q_len" in options:
         return float("inf")
-    deterministic = options.get("kernel_options", {}).get("deterministic", False)
     rows, dim = BATCH * HEADS * LENGTH, options["dim"]
-    return 4 * rows * (STATISTICS + (dim if group == "backward" and not deterministic else 0))
+    return 4 * rows * (STATISTICS + (dim if group == "backward" else 0))
 
 
 def _python() -> str | None:
