@@ -59,6 +59,7 @@ def test_hand_over(rows, column, columns, dim, publish):
         i32 = ir.IntegerType.get_signless(32)
         number = arith.constant(i32, 37)
         one = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), number)
-        dq_tiles.emit_add_staged(row, sums, staged, x.shape, column, dim, one)
+        warps = [arith.constant(i32, warp) for warp in range(4)]
+        dq_tiles.emit_reduce(row, warps, sums, staged, x.shape, column, dim, one)
 
     check_added_twice(emit, rows, column, columns, dim)

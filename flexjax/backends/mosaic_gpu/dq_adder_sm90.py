@@ -107,7 +107,8 @@ class DqAdder:
                 mgpu.utils.warp_barrier()
             _barrier("bar.sync", full)
             shape = part.rows, part.columns
-            dq_tiles.emit_add_staged(row, sums, staged, shape, part.column, dim, first)
+            warps = [_i32(number) for number in range(4)]
+            dq_tiles.emit_reduce(row, warps, sums, staged, shape, part.column, dim, first)
             if turns:
                 with mgpu.utils.when(first):
                     _count(turns[0], before, 1)

@@ -15,6 +15,7 @@ to the queries' dtype, which takes no time of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -92,8 +93,7 @@ def emit_add(
     else:
         mgpu.utils.warp_barrier()
     elected = nvvm.elect_sync()
-    emit_reduce(row, _warp(), sums, staged, x.shape, column, dim, elected)
-    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
+    emit_reduce(row, [_warp()], sums, staged, x.shape, column, dim, elected)
 
 
 def emit_hand_over(x: Any, staged: ir.Value, warpgroup: int, publish: bool) -> None:
@@ -112,26 +112,9 @@ def emit_hand_over(x: Any, staged: ir.Value, warpgroup: int, publish: bool) -> N
     )
 
 
-def emit_add_staged(
-    row: ir.Value,
-    sums: ir.Value,
-    staged: ir.Value,
-    shape: tuple[int, int],
-    column: int,
-    dim: int,
-    predicate: ir.Value,
-) -> None:
-    """Issues the additions of what all warps have handed over, by the thread where `predicate` holds."""
-    i32 = ir.IntegerType.get_signless(32)
-    for warp in range(4):
-        number = _constant(warp, i32)
-        emit_reduce(row, number, sums, staged, shape, column, dim, predicate)
-    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
-
-
 def emit_reduce(
     row: ir.Value,
-    warp: ir.Value,
+    warps: Sequence[ir.Value],
     sums: ir.Value,
     staged: ir.Value,
     shape: tuple[int, int],
@@ -139,37 +122,39 @@ def emit_reduce(
     dim: int,
     predicate: ir.Value,
 ) -> None:
-    """Issues the additions of what a warp has staged of a tile, by the threads where `predicate` holds."""
+    """Issues the additions of what warps have staged of a tile, by the threads where `predicate` holds."""
     i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
     rows, columns = shape
     tiles = range(rows // WARPGROUP_ROWS)
     part = _WARP_ROWS * columns
-    stage = _of_warp(staged, warp, shape)
-    # 64 bits: sums may be many.
-    first = arith.muli(arith.extsi(i64, row), _constant(dim, i64))
-    inside = arith.addi(
-        arith.muli(warp, _constant(_WARP_ROWS * dim, i32)), _constant(_WARP_ROWS * column, i32)
-    )
-    target = mgpu.utils.memref_ptr(sums)
-    if target.type.address_space == 0:
-        target = llvm.addrspacecast(llvm.PointerType.get(address_space=1), target)
-    target = _at(target, arith.addi(first, arith.extsi(i64, inside)))
-    for m in tiles:
-        # The zero is there for LLVM: a zero that is needed after the products is not put where accumulators
-        # start, and ptxas then knows that they start from zero.
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [
-                predicate,
-                _at(target, _constant(m * WARPGROUP_ROWS * dim, i32)),
-                _at(stage, _constant(m * part, i32)),
-                _constant(4 * part, i32),
-                _constant(0, i32),
-            ],
-            "@$0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$1], [$2], $3; // $4",
-            "b,l,r,r,r",
-            has_side_effects=True,
+    for warp in warps:
+        stage = _of_warp(staged, warp, shape)
+        # 64 bits: sums may be many.
+        first = arith.muli(arith.extsi(i64, row), _constant(dim, i64))
+        inside = arith.addi(
+            arith.muli(warp, _constant(_WARP_ROWS * dim, i32)), _constant(_WARP_ROWS * column, i32)
         )
+        target = mgpu.utils.memref_ptr(sums)
+        if target.type.address_space == 0:
+            target = llvm.addrspacecast(llvm.PointerType.get(address_space=1), target)
+        target = _at(target, arith.addi(first, arith.extsi(i64, inside)))
+        for m in tiles:
+            # The zero is there for LLVM: a zero that is needed after the products is not put where accumulators
+            # start, and ptxas then knows that they start from zero.
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [
+                    predicate,
+                    _at(target, _constant(m * WARPGROUP_ROWS * dim, i32)),
+                    _at(stage, _constant(m * part, i32)),
+                    _constant(4 * part, i32),
+                    _constant(0, i32),
+                ],
+                "@$0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$1], [$2], $3; // $4",
+                "b,l,r,r,r",
+                has_side_effects=True,
+            )
+    mgpu.utils.inline_ptx("cp.async.bulk.commit_group;", has_side_effects=True)
 
 
 def _stage(x: Any, staged: ir.Value) -> None:
