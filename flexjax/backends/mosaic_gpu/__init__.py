@@ -95,7 +95,9 @@ def backward(
 ) -> Gradients:
     """Gradients of query, key, value and the float arrays that score_mod captured."""
     check_backward(problem)
-    return _backward(problem, backward_config.choose(problem), operands, result, d_out, d_lse)
+    return _backward(
+        problem, backward_config.choose(problem, _cores()), operands, result, d_out, d_lse
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

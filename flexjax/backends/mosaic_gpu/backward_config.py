@@ -56,8 +56,8 @@ class BackwardConfig:
         q_tile: queries of one step.
         stages: tiles of queries, and of the output's cotangents, in flight.
         order: "dk_first" or "dq_first": which product is issued first once dS is known.
-        rolling: a step begins while the last product of the one before is under way, and the warpgroups meet at
-            one barrier a step. Measured 3% faster without a mask; masks leave no registers for it.
+        rolling: a full step begins while the last product of the one before is under way, and the warpgroups
+            meet at one barrier a step. Measured 2 to 4% faster.
         deferred: dQ of a step is computed in the next one (see backward_deferred_sm90.py).
         deterministic: nothing is added in an order that changes from run to run. dQ is then by IN_ORDER or KERNEL.
         dq_by: CONSUMERS, ADDER, IN_ORDER or KERNEL.
@@ -65,6 +65,8 @@ class BackwardConfig:
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
         wide: the warpgroups compute dV and dK of the same keys (see backward_wide_sm90.py).
         dq: configuration of the kernel for dQ, where `separate_dq`.
+        persistent: one CTA a multiprocessor, which takes one column after the other; otherwise a CTA a column.
+        cores: CTAs of a persistent grid.
         self_loading: the only consumer issues the copies too, without a producer: two CTAs then share a
             multiprocessor.
     """
@@ -82,6 +84,8 @@ class BackwardConfig:
     wide: bool = False
     dq: forward_config.Config | None = None
     self_loading: bool = False
+    persistent: bool = False
+    cores: int = forward_config.CORES
 
     @property
     def separate_dq(self) -> bool:
@@ -118,6 +122,7 @@ OPTIONS = {
     "backward_order": str,
     "backward_self_loading": bool,
     "backward_deferred": bool,
+    "backward_persistent": bool,
 }
 
 
@@ -154,6 +159,12 @@ def parts(config: BackwardConfig, dim: int) -> tuple[Part, ...]:
     return tuple(Part(0, config.q_tile, a, b - a) for a, b in itertools.pairwise(ends))
 
 
+def result_columns(problem: Problem) -> int:
+    """How many columns of dK and dV a persistent CTA writes at a time: there is no room for wide ones."""
+    dim = padded_dim(problem.qk_dim)
+    return dim if dim <= 64 or dim % 32 else dim // 2
+
+
 def shared_memory(problem: Problem, config: BackwardConfig) -> int:
     """Bytes of shared memory that the kernel's tiles take."""
     d, dv = padded_dim(problem.qk_dim), padded_dim(problem.v_dim)
@@ -162,6 +173,8 @@ def shared_memory(problem: Problem, config: BackwardConfig) -> int:
     floats = 2 * config.stages * config.q_tile
     if not config.separate_dq:
         floats += config.q_tile * d
+    if config.persistent:
+        numbers += config.kv_tile * result_columns(problem)
     return 2 * numbers + 4 * floats
 
 
@@ -174,8 +187,12 @@ def dq_shared_memory(problem: Problem, config: forward_config.Config) -> int:
     return 2 * numbers
 
 
-def choose(problem: Problem) -> BackwardConfig:
+def choose(problem: Problem, cores: int = forward_config.CORES) -> BackwardConfig:
     """The configuration for a problem; its kernel options override the heuristics.
+
+    Args:
+        problem: the problem.
+        cores: multiprocessors of the GPU.
 
     Raises:
         NotImplementedError: no configuration fits the problem, or the options do not.
@@ -217,15 +234,27 @@ def choose(problem: Problem) -> BackwardConfig:
     deferred = problem.option("backward_deferred", wide_tiles)
     config = dataclasses.replace(config, deferred=deferred)
     plain = not (wide or separate or interpret) and warpgroups == 2
-    if plain and config.order == "dq_first" and problem.mask is None and not config.deferred:
-        ends_whole = problem.kv_len % config.kv_tile == 0  # or the last keys' steps are masked ones
-        config = dataclasses.replace(config, rolling=ends_whole)
+    rolling = plain and config.order == "dq_first" and not config.deferred
+    config = dataclasses.replace(config, rolling=rolling)
+    # Measured: 4 to 8% faster with a block mask, 3% slower without one, where all columns are long.
+    persistent = config.deferred and blocks is not None and _can_be_persistent(problem, config)
+    persistent = problem.option("backward_persistent", persistent)
+    config = dataclasses.replace(config, persistent=persistent, cores=cores)
     stages = problem.option("backward_stages", None)
     if stages is not None:
         config = dataclasses.replace(config, stages=stages)
     elif shared_memory(problem, config) > SHARED_MEMORY:
         config = dataclasses.replace(config, stages=1)
     return _checked(problem, config)
+
+
+def _can_be_persistent(problem: Problem, config: BackwardConfig) -> bool:
+    # The results of a column have shared memory of their own, one after the other, so they must be alike.
+    alike = padded_dim(problem.qk_dim) == padded_dim(problem.v_dim)
+    plain = config.warpgroups == 2 and not (config.wide or config.interpret)
+    config = dataclasses.replace(config, persistent=True)
+    fits = shared_memory(problem, config) <= SHARED_MEMORY
+    return alike and plain and config.dq_by == CONSUMERS and fits
 
 
 def _choose_dq_by(problem: Problem, warpgroups: int, wide: bool) -> str:
@@ -306,6 +335,13 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "backward_deferred takes two warpgroups, head dimensions of at most 128, and dQ from the same kernel; "
             f"the problem or its kernel options ask for {config.warpgroups} warpgroups, a head dimension of "
             f"{max(problem.qk_dim, problem.v_dim)} and dQ by {config.dq_by!r}."
+        )
+    if config.persistent and not _can_be_persistent(problem, config):
+        raise NotImplementedError(
+            "backward_persistent takes two warpgroups and a producer, head dimensions of at most 128 that are the "
+            "same for keys and values, and consumers who add to dQ; the problem or its kernel options ask for "
+            f"{config.warpgroups} warpgroups, head dimensions of {problem.qk_dim} and {problem.v_dim}, dQ by "
+            f"{config.dq_by!r} and interpret={config.interpret}, or leave no shared memory for it."
         )
     if config.q_tile not in Q_TILES:
         raise NotImplementedError(

@@ -18,7 +18,8 @@ from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
-from flexjax.backends.mosaic_gpu.launch_sm90 import rows
+from flexjax.backends.mosaic_gpu.launch_sm90 import rows, unknown_zero
+from flexjax.backends.mosaic_gpu.next_column import uniform
 from flexjax.backends.mosaic_gpu.registers import ROW
 from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place
 
@@ -72,19 +73,42 @@ class Consumer:
 
     def run(self, cta: Any) -> None:
         kernel, buffers = self.kernel, self.buffers
-        column = kernel.schedule.column(cta)
-        if kernel.config.self_loading:
-            Copies(kernel, self.inputs, buffers).keys_and_values(column)
-        # Every warpgroup reads all the keys, for its share of dQ.
+        if not kernel.config.persistent:
+            column = kernel.schedule.column(cta)
+            if kernel.config.self_loading:
+                Copies(kernel, self.inputs, buffers).keys_and_values(column)
+            # Every warpgroup reads all the keys, for its share of dQ.
+            plgpu.barrier_wait(buffers.key_value_full)
+            _, dk, dv = self._sums_of(column, jnp.int32(0))
+            self._store(column, dk, dv)
+            return
+        (number,), (free,) = buffers.column, buffers.key_value_free
+
+        def take(state: Any) -> Any:
+            """A column: its number, how many steps and how many columns came before."""
+            mine, begin, turn = map(uniform, state)
+            column = kernel.schedule.column(mine, turn)
+            end, dk, dv = self._sums_of(column, begin)
+            plgpu.barrier_arrive(free)
+            self._store_aside(column, dk, dv)
+            plgpu.barrier_wait(buffers.key_value_full)
+            return number[0], end, turn + 1
+
         plgpu.barrier_wait(buffers.key_value_full)
+        start = number[0], jnp.int32(0), jnp.int32(0)
+        lax.while_loop(lambda state: state[0] >= 0, take, start)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def accumulate(dk: Any, dv: Any) -> tuple[Any, Any]:
-            self._walk(column, Accumulators(dk, dv))
-            return dk[...], dv[...]
+    def _sums_of(self, column: Column, begin: Any) -> tuple[Any, Any, Any]:
+        """(number behind the last step, dK, dV) of a column whose first step has the number `begin`."""
 
-        dims = (x.shape[-1] for x in (buffers.key, buffers.value))
+        def accumulate(dk: Any, dv: Any) -> tuple[Any, Any, Any]:
+            end = self._walk(column, Accumulators(dk, dv), begin)
+            return end, dk[...], dv[...]
+
+        dims = (x.shape[-1] for x in (self.buffers.key, self.buffers.value))
         shapes = (plgpu.ACC((WARPGROUP_ROWS, d), jnp.float32) for d in dims)
-        self._store(column, *pl.run_scoped(accumulate, *shapes))
+        return pl.run_scoped(accumulate, *shapes)
 
     @property
     def _slot(self) -> int:
@@ -100,12 +124,12 @@ class Consumer:
         """References to the sums by key that this warpgroup computes."""
         return self.outputs.key_sums
 
-    def _walk(self, column: Column, accumulators: Accumulators) -> None:
-        """All steps of the column."""
-        self._column(column, accumulators)
+    def _walk(self, column: Column, accumulators: Accumulators, begin: Any) -> Any:
+        """All steps of the column; returns the number behind the last one."""
+        return self._column(column, accumulators, begin)
 
-    def _column(self, column: Column, accumulators: Accumulators) -> Any:
-        """Takes the steps; returns how many there were."""
+    def _column(self, column: Column, accumulators: Any, begin: Any) -> Any:
+        """Takes the steps, from the number `begin` on; returns the number behind the last one."""
         schedule = self.kernel.schedule
 
         def row(number: Any, begin: Any) -> Any:
@@ -130,13 +154,16 @@ class Consumer:
                 sums = lax.fori_loop(0, steps.count, step(False), sums)
             if self.kernel.config.rolling:
                 plgpu.wgmma_wait(0)
-                self._hand_back_queries(begin + steps.count - 1, steps.count > 0)
+                self._hand_back_queries(begin + steps.count - 1, steps.count > steps.masked)
             self._store_key_sums(sums, column, b, h)
             return begin + steps.count
 
+        if not self.kernel.config.interpret:
+            # Where the compiler knows how many steps there are, it does not know where their numbers begin.
+            begin = begin + registers.zero_at_run_time()
         if schedule.rows == 1:
-            return row(jnp.int32(0), jnp.int32(0))
-        return lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
+            return row(jnp.int32(0), begin)
+        return lax.fori_loop(0, schedule.rows, row, begin)
 
     @property
     def _dk_first(self) -> bool:
@@ -211,40 +238,41 @@ class Consumer:
         masked: bool,
     ) -> Sums:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
+        rolling = config.rolling and not masked
         stage = kernel.stage(number)
-        ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
         following = self._following(row)
         plgpu.barrier_wait(buffers.query_full.at[stage])
         first_query, place = self._place(stage, row.b, row.h, column)
         scored = None
-        if config.rolling:
-            scored = functools.partial(self._hand_back_queries, number - 1, row.number > 0)
-        p, cotangents = self._cotangents(stage, place, masked, scored)
+        if rolling:
+            before = row.number > row.steps.masked
+            scored = functools.partial(self._hand_back_queries, number - 1, before)
+        p, cotangents = self._cotangents(number, place, masked, scored)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
-        own_ds = buffers.ds.at[ds_stage, self._slot]
+        own_ds = buffers.ds.at[self._ds_stage(number, column), self._slot]
         self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
         if kernel.parts or config.interpret:
             own_ds[...] = ds
-            if not config.rolling:
+            if not rolling:
                 plgpu.commit_smem()
-        if kernel.parts and not config.rolling:
+        if kernel.parts and not rolling:
             plgpu.barrier_arrive(buffers.ds_full)
         operand = own_ds if config.interpret else ds
         if self._dk_first:
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
         sums = self._sum_loads(sums, cotangents, first_query, place)
-        if config.rolling:
+        if rolling:
             registers.publish_and_meet(config.warpgroups)
         elif kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
         if self._dk_first:
-            self._finish_step(stage, ds_stage, column.tile, place, first_query, following)
+            self._finish_step(number, column, place, first_query, following)
             return sums
         part = self._part
         assert part is not None, "the other order is that of a warpgroup with a share of dQ"
 
         def product(dq: Any) -> Any:
-            self._issue_dq(dq, part, ds_stage)
+            self._issue_dq(dq, part, number, column)
             plgpu.wgmma(accumulators.dk, operand, buffers.query.at[stage])
             result = plgpu.wgmma_accumulator_load(dq, wait_n=1)
             self._hand_back_cotangents(stage, place, following)
@@ -252,22 +280,21 @@ class Consumer:
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
         self._add_to_dq(dq, part, column.tile, kernel.row_of(place.b, place.h, first_query))
-        if not config.rolling:
+        if not rolling:
             plgpu.wgmma_wait(0)
             self._hand_back_step(stage, place, following)
         return sums
 
     def _finish_step(
         self,
-        stage: Any,
-        ds_stage: Any,
-        kv_tile: Any,
+        number: Any,
+        column: Column,
         place: Place,
         first_query: Any,
         following: Following,
     ) -> None:
         """Awaits the products with the step's queries, hands them back, and adds the share of dQ."""
-        part = self._part
+        part, stage = self._part, self.kernel.stage(number)
 
         def hand_back() -> None:
             self._hand_back_cotangents(stage, place, following)
@@ -279,26 +306,31 @@ class Consumer:
             return
 
         def product(dq: Any) -> Any:
-            count = self._issue_dq(dq, part, ds_stage)
+            count = self._issue_dq(dq, part, number, column)
             plgpu.wgmma_wait(count)
             hand_back()
             return dq[...]
 
         dq = pl.run_scoped(product, plgpu.ACC((part.rows, part.columns), jnp.float32))
-        self._add_to_dq(dq, part, kv_tile, self.kernel.row_of(place.b, place.h, first_query))
+        self._add_to_dq(dq, part, column.tile, self.kernel.row_of(place.b, place.h, first_query))
 
-    def _issue_dq(self, dq: Any, part: configs.Part, ds_stage: Any) -> int:
-        """Issues a warpgroup's share of dS K; returns the number of products."""
-        slots = self.kernel.config.key_slots
+    def _ds_stage(self, step: Any, column: Column) -> Any:
+        """Where a step's dS is."""
+        return lax.rem(step, jnp.int32(configs.DS_STAGES))
+
+    def _issue_dq(self, dq: Any, part: configs.Part, step: Any, column: Column) -> int:
+        """Issues a warpgroup's share of a step's dS K; returns the number of products."""
+        slots, ds_stage = self.kernel.config.key_slots, self._ds_stage(step, column)
+        zero = unknown_zero(step + 1)  # there may be a step -1
         for slot in range(slots):
             queries = self.buffers.ds.at[ds_stage, slot, :, pl.ds(part.row, part.rows)]
-            keys = self.buffers.key.at[slot, :, pl.ds(part.column, part.columns)]
+            keys = self.buffers.key.at[slot + zero, :, pl.ds(part.column, part.columns)]
             plgpu.wgmma(dq, queries.transpose((1, 0)), keys)
         return slots
 
     def _cotangents(
         self,
-        stage: Any,
+        number: Any,
         place: Place,
         masked: bool,
         scored: Callable[[], None] | None = None,
@@ -306,20 +338,19 @@ class Consumer:
         """(probabilities as operand, cotangents) of a step; awaits its products.
 
         Args:
-            stage: where the step's tiles are.
+            number: of the step.
             place: where the step's tile of scores lies.
             masked: whether positions may be hidden.
             scored: called as soon as the scores, and every product issued before, are there.
         """
         kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
         captures, mask_captures = self.inputs.score_captures, self.inputs.mask_captures
+        stage, slot = kernel.stage(number), self._slot + unknown_zero(number)
 
         def compute(scores: Any, dp: Any) -> Any:
-            plgpu.wgmma(
-                scores, buffers.key.at[self._slot], buffers.query.at[stage].transpose((1, 0))
-            )
+            plgpu.wgmma(scores, buffers.key.at[slot], buffers.query.at[stage].transpose((1, 0)))
             plgpu.barrier_wait(buffers.d_out_full.at[stage])
-            plgpu.wgmma(dp, buffers.value.at[self._slot], buffers.d_out.at[stage].transpose((1, 0)))
+            plgpu.wgmma(dp, buffers.value.at[slot], buffers.d_out.at[stage].transpose((1, 0)))
             early = masked and kernel.mask_loads
             allowed = tile.allowed(place, mask_captures) if early else None
             raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
@@ -429,10 +460,20 @@ class Consumer:
         self._store_tile(column, scaled, self.buffers.key, self.outputs.dk)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
+    def _store_aside(self, column: Column, dk: Any, dv: Any) -> None:
+        """Writes dK and dV of a column by way of memory of their own, while the next keys and values arrive."""
+        (buffer,) = self.buffers.results
+        width = buffer.shape[-1]
+        for x, target in ((dv, self.outputs.dv), (dk * self.kernel.problem.scale, self.outputs.dk)):
+            for start in range(0, x.shape[1], width):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                part = lax.slice(x, (0, start), (WARPGROUP_ROWS, start + width))
+                self._store_tile(column, part, buffer, target, pl.ds(start, width))
+
+    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any, *columns: Any) -> None:
         problem, staged = self.kernel.problem, buffer.at[self._slot]
         staged[...] = x.astype(problem.q_dtype)
         plgpu.commit_smem()
         first = column.tile * self.kernel.config.kv_tile + self._first_key
-        where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS)
+        where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS, *columns)
         plgpu.copy_smem_to_gmem(staged, where)

@@ -36,24 +36,26 @@ from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 class DeferredConsumer(Consumer):
     """A warpgroup that computes 64 keys of a column, and its share of dQ a step later."""
 
-    def _walk(self, column: Column, accumulators: Accumulators) -> None:
+    def _walk(self, column: Column, accumulators: Accumulators, begin: Any) -> Any:
         kernel, buffers = self.kernel, self.buffers
         zeros = jnp.zeros((WARPGROUP_ROWS, kernel.config.q_tile), kernel.problem.q_dtype)
         if not kernel.config.interpret:
             zeros = plgpu.layout_cast(zeros, registers.TILE)
-        buffers.ds[self._ds_stage(-1), self._slot] = zeros
+        buffers.ds[self._ds_stage(begin - 1, column), self._slot] = zeros
         plgpu.commit_smem()
         plgpu.barrier_arrive(buffers.ds_full)
-        count = self._column(column, accumulators)
+        end = self._column(column, accumulators, begin)
         plgpu.barrier_wait(buffers.ds_full)
 
-        @pl.when(count > 0)
+        @pl.when(end > begin)
         def _() -> None:
             def product(dq: Any) -> Any:
-                self._issue_dq(dq, self._share, self._ds_stage(count - 1))
+                self._issue_dq(dq, self._share, end - 1, column)
                 return dq[...]
 
-            self._add_dq_of(count - 1, self._with_dq(product), column)
+            self._add_dq_of(end - 1, self._with_dq(product), column)
+
+        return end
 
     @property
     def _share(self) -> configs.Part:
@@ -66,9 +68,12 @@ class DeferredConsumer(Consumer):
             product, plgpu.ACC((self._share.rows, self._share.columns), jnp.float32)
         )
 
-    def _ds_stage(self, step: Any) -> Any:
-        """Where a step's dS is; there is a step -1."""
-        return lax.rem(jnp.int32(step) + 1, jnp.int32(configs.DS_STAGES))
+    def _ds_stage(self, step: Any, column: Column) -> Any:
+        """Where a step's dS is, that of the zeros before a column's first one too.
+
+        Zeros count as a step, so that they do not go where the last dS of the column before is still read.
+        """
+        return lax.rem(step + 1 + column.turn, jnp.int32(configs.DS_STAGES))
 
     def _add_dq_of(self, step: Any, dq: Any, column: Column) -> None:
         """Adds the share of a step's dQ; publishes what is in shared memory."""
@@ -89,11 +94,11 @@ class DeferredConsumer(Consumer):
         stage = kernel.stage(number)
         plgpu.barrier_wait(buffers.query_full.at[stage])
         first_query, place = self._place(stage, row.b, row.h, column)
-        p, cotangents = self._cotangents(stage, place, masked)
+        p, cotangents = self._cotangents(number, place, masked)
         ds = cotangents.ds.astype(kernel.problem.q_dtype)
         self._add_product(accumulators.dv, p, buffers.p, buffers.d_out.at[stage])
         plgpu.barrier_wait(buffers.ds_full)  # the other one's dS of the step before
-        own_ds = buffers.ds.at[self._ds_stage(number), self._slot]
+        own_ds = buffers.ds.at[self._ds_stage(number, column), self._slot]
         own_ds[...] = ds
         operand = ds
         if kernel.config.interpret:
@@ -105,7 +110,7 @@ class DeferredConsumer(Consumer):
         free_queries = buffers.query_free.at[stage]
 
         def product(dq: Any) -> Any:
-            count = self._issue_dq(dq, self._share, self._ds_stage(number - 1))
+            count = self._issue_dq(dq, self._share, number - 1, column)
             if self._dk_first:
                 plgpu.wgmma_wait(count)
                 plgpu.barrier_arrive(free_queries)

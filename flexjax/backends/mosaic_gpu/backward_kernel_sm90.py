@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
         sums: one flat array for every load whose gradient is added in global memory.
         turns: int32, how many columns have added to a warpgroup's share of a tile of dQ, flat: see
             dq_adder_sm90.py; empty where columns do not wait for each other.
+        taken: int32 [1], how many columns persistent CTAs have taken beyond their first; or empty.
     """
 
     query: Any
@@ -48,6 +49,7 @@ class Inputs(NamedTuple):
     dq: tuple[Any, ...]
     sums: tuple[Any, ...]
     turns: tuple[Any, ...]
+    taken: tuple[Any, ...] = ()
 
 
 class Outputs(NamedTuple):
@@ -70,7 +72,10 @@ class Buffers(NamedTuple):
         ds: [2, slots, 64, q_tile].
         dq: every warpgroup's share of a tile of dQ, flat; float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
+        results: a part of dK or dV, [slots, 64, columns], or empty: they then take the place of K and V.
+        column: int32 [2] or empty: the column's number, or -1 behind the last; and a cell of the producer's.
         key_value_full: one barrier.
+        key_value_free: one barrier, or empty.
         query_full, d_out_full: one barrier a stage.
         query_free, d_out_free: one barrier a stage; a single one where the consumer itself loads.
         ds_full: one barrier at which the consumers meet.
@@ -87,7 +92,10 @@ class Buffers(NamedTuple):
     ds: Any
     dq: tuple[Any, ...]
     p: tuple[Any, ...]
+    results: tuple[Any, ...]
+    column: tuple[Any, ...]
     key_value_full: Any
+    key_value_free: tuple[Any, ...]
     query_full: Any
     query_free: Any
     d_out_full: Any
@@ -164,13 +172,22 @@ class Kernel:
             ds=tiles(dtype, configs.DS_STAGES, slots, WARPGROUP_ROWS, q_tile, swizzle=swizzle),
             dq=tuple(self._dq_buffer(p) for p in self.parts if p.columns),
             p=(tiles(dtype, slots, WARPGROUP_ROWS, q_tile),) if config.interpret else (),
+            results=self._results(dtype),
+            column=(plgpu.SMEM((2,), jnp.int32),) if config.persistent else (),
             key_value_full=barriers(1, 2 * slots),
+            key_value_free=(barriers(1, n),) if config.persistent else (),
             query_full=barriers(stages, 2),
             query_free=barriers(freed, n),
             d_out_full=barriers(stages, 2),
             d_out_free=barriers(freed, n),
             ds_full=barriers(1, n),
         )
+
+    def _results(self, dtype: Any) -> tuple[Any, ...]:
+        if not self.config.persistent:
+            return ()
+        width = configs.result_columns(self.problem)
+        return (tiles(dtype, self.config.key_slots, WARPGROUP_ROWS, width),)
 
     def _dq_buffer(self, part: configs.Part) -> Any:
         if self.config.interpret:

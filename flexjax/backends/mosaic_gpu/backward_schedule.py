@@ -31,11 +31,12 @@ SUMS_TOGETHER = 16 << 20
 
 
 class Column(NamedTuple):
-    """Batch row and head of the keys, and number of the tile of keys."""
+    """Batch row and head of the keys, number of the tile of keys, and how many columns the CTA had before."""
 
     b: Any
     h: Any
     tile: Any
+    turn: Any = 0
 
 
 class Steps(NamedTuple):
@@ -98,27 +99,39 @@ class ColumnSchedule:
         return self.problem.batch // self.problem.kv_batch * self.problem.group
 
     @property
+    def _lengths_by_data(self) -> bool:
+        """Whether captured arrays decide how many steps a column has."""
+        mask = self.problem.mask
+        return mask is not None and any(node.op == "load" for node in mask.nodes)
+
+    @property
     def _heads_together(self) -> int:
         """Heads whose columns alternate: the power of two that comes closest to filling the machine.
 
+        Where the columns of a head come in no order of length, as those of packed documents, four times as many:
+        the last columns to run are then the last ones of many heads, and nobody waits for a long one.
         Columns that wait for each other should be few of any head: then more heads, as far as the cache allows.
         """
         filling = 1 << max(0, round(math.log2(CORES / self.kv_tiles)))
         if not self.config.ordered:
-            return filling
+            return filling * (4 if self._lengths_by_data else 1)
         sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
         return max(filling, 1 << int(math.log2(max(1, SUMS_TOGETHER // sums))))
 
-    def column(self, cta: Any) -> Column:
+    @property
+    def ctas(self) -> int:
+        return min(self.columns, self.config.cores) if self.config.persistent else self.columns
+
+    def column(self, number: Any, turn: Any = 0) -> Column:
         heads = jnp.int32(self.problem.kv_heads)
         together = self._heads_together
-        group = lax.div(cta, jnp.int32(together * self.kv_tiles))
+        group = lax.div(number, jnp.int32(together * self.kv_tiles))
         first = group * together
         # The last group may be smaller.
         size = jnp.minimum(self.problem.kv_batch * self.problem.kv_heads - first, together)
-        inside = cta - first * self.kv_tiles
+        inside = number - first * self.kv_tiles
         head, tile = first + lax.rem(inside, size), lax.div(inside, size)
-        return Column(lax.div(head, heads), lax.rem(head, heads), tile)
+        return Column(lax.div(head, heads), lax.rem(head, heads), tile, turn)
 
     def row(self, column: Column, number: Any) -> tuple[Any, Any]:
         """Batch row and query head of one of the `rows` that read a column."""

@@ -52,11 +52,12 @@ from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_deferred_sm90 import DeferredConsumer
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
-from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
+from flexjax.backends.mosaic_gpu.backward_schedule import Column, ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.dq_adder_sm90 import DqAdder
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
+from flexjax.backends.mosaic_gpu.next_column import next_column, uniform
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -108,6 +109,7 @@ def backward(
         tuple(map(jax.new_ref, _zero_dq(kernel))),
         tuple(jax.new_ref(_zero_sum(kernel, load)) for load in kernel.loads if load.kind != KEYS),
         (jax.new_ref(jnp.zeros((kernel.turns,), jnp.int32)),) if config.ordered else (),
+        (jax.new_ref(jnp.zeros((1,), jnp.int32)),) if config.persistent else (),
     )
     key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
     outputs = Outputs(
@@ -121,7 +123,7 @@ def backward(
         inputs,
         outputs,
         kernel.buffers(),
-        ctas=schedule.columns,
+        ctas=schedule.ctas,
         warpgroups=config.warpgroups + (not config.self_loading),
         approx_math=config.approx_math,
         interpret=config.interpret,
@@ -292,25 +294,66 @@ class Producer:
     buffers: Buffers
 
     def run(self, cta: Any) -> None:
-        schedule = self.kernel.schedule
-        column = schedule.column(cta)
-        self._copies.keys_and_values(column)
+        schedule, buffers = self.kernel.schedule, self.buffers
+        if not self.kernel.config.persistent:
+            column = schedule.column(cta)
+            self._copies.keys_and_values(column)
+            self._drain(self._column(column, jnp.int32(0)))
+            return
+        (number,), (free,), (taken,) = buffers.column, buffers.key_value_free, self.inputs.taken
 
-        def row(number: Any, begin: Any) -> Any:
+        def take(state: Any) -> Any:
+            """A column: its number, how many steps and how many columns came before."""
+            mine, begin, turn = map(uniform, state)
+            column = schedule.column(mine)
+
+            def keys_and_values() -> None:
+                pl.when(turn > 0)(lambda: plgpu.barrier_wait(free))
+                number[0] = mine
+                self._copies.keys_and_values(column)
+
+            end = self._column(column, begin, keys_and_values)
+            # Asked for while the consumers are still at work.
+            return next_column(taken, number, schedule.ctas), end, turn + 1
+
+        start = cta, jnp.int32(0), jnp.int32(0)
+        _, end, _ = lax.while_loop(lambda state: state[0] < schedule.columns, take, start)
+        plgpu.barrier_wait(free)
+        number[0] = jnp.int32(-1)
+        for _ in range(2 * self.kernel.config.key_slots):  # in place of copies
+            plgpu.barrier_arrive(buffers.key_value_full)
+        self._drain(end)
+
+    def _column(
+        self, column: Column, begin: Any, keys_and_values: Callable[[], None] | None = None
+    ) -> Any:
+        """Loads the steps of a column; returns the number behind the last one.
+
+        Args:
+            column: the column.
+            begin: number of its first step.
+            keys_and_values: loads these, as soon as those of the column before are not needed any more. Until then
+                the stages take what they can of the first steps.
+        """
+        schedule, stages = self.kernel.schedule, self.kernel.config.stages
+
+        def row(number: Any, first: Any) -> Any:
             b, h = schedule.row(column, number)
             steps = schedule.steps(self.inputs.lists, column, b, h)
 
             def load(i: Any, _: Any) -> None:
-                self._load(begin + i, b, h, steps.first_query(i))
+                self._load(first + i, b, h, steps.first_query(i))
+                if keys_and_values is not None:
+                    pl.when(first + i == begin + stages - 1)(keys_and_values)
 
             lax.fori_loop(0, steps.count, load, None)
-            return begin + steps.count
+            return first + steps.count
 
-        if schedule.rows == 1:
-            end = row(jnp.int32(0), jnp.int32(0))
-        else:
-            end = lax.fori_loop(0, schedule.rows, row, jnp.int32(0))
-        self._drain(end)
+        rows = schedule.rows
+        end = row(jnp.int32(0), begin) if rows == 1 else lax.fori_loop(0, rows, row, begin)
+        if keys_and_values is not None:
+            pl.when(end < begin + stages)(keys_and_values)
+        return end
 
     @property
     def _copies(self) -> Copies:

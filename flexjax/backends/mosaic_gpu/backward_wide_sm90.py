@@ -17,12 +17,11 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu.backward_consumer_sm90 import Consumer, InRow, Sums
 from flexjax.backends.mosaic_gpu.backward_schedule import Column
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.launch_sm90 import unknown_zero
 from flexjax.backends.mosaic_gpu.tile_gradients import Place
 
 
@@ -48,7 +47,7 @@ class WideConsumer(Consumer):
         plgpu.barrier_wait(buffers.key_value_full)
 
         def accumulate(accumulator: Any) -> Any:
-            self._column(column, accumulator)
+            self._column(column, accumulator, jnp.int32(0))
             return accumulator[...]
 
         buffer = buffers.value if self._of_values else buffers.key
@@ -75,19 +74,18 @@ class WideConsumer(Consumer):
     ) -> Sums:
         kernel, buffers = self.kernel, self.buffers
         stage = kernel.stage(number)
-        ds_stage = lax.rem(number, jnp.int32(configs.DS_STAGES))
         plgpu.barrier_wait(buffers.query_full.at[stage])
         first_query, place = self._place(stage, row.b, row.h, column)
         if self._of_values:
-            p = self._probabilities(stage, place, masked)
+            p = self._probabilities(number, place, masked)
             plgpu.barrier_wait(buffers.d_out_full.at[stage])
             self._add_product(accumulators, p, buffers.p, buffers.d_out.at[stage])
             if kernel.parts:
                 plgpu.barrier_arrive(buffers.ds_full)
         else:
-            _, cotangents = self._cotangents(stage, place, masked)
+            _, cotangents = self._cotangents(number, place, masked)
             operand = cotangents.ds.astype(kernel.problem.q_dtype)
-            own_ds = buffers.ds.at[ds_stage, 0]
+            own_ds = buffers.ds.at[self._ds_stage(number, column), 0]
             if kernel.parts or kernel.config.interpret:
                 own_ds[...] = operand
                 plgpu.commit_smem()
@@ -98,15 +96,16 @@ class WideConsumer(Consumer):
             sums = self._sum_loads(sums, cotangents, first_query, place)
         if kernel.parts:
             plgpu.barrier_wait(buffers.ds_full)
-        self._finish_step(stage, ds_stage, column.tile, place, first_query, self._following(row))
+        self._finish_step(number, column, place, first_query, self._following(row))
         return sums
 
-    def _probabilities(self, stage: Any, place: Place, masked: bool) -> Any:
+    def _probabilities(self, number: Any, place: Place, masked: bool) -> Any:
         """Probabilities of a step, as operand."""
         kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
+        stage, slot = kernel.stage(number), unknown_zero(number)
 
         def compute(scores: Any) -> Any:
-            plgpu.wgmma(scores, buffers.key.at[0], buffers.query.at[stage].transpose((1, 0)))
+            plgpu.wgmma(scores, buffers.key.at[slot], buffers.query.at[stage].transpose((1, 0)))
             allowed = tile.allowed(place, self.inputs.mask_captures) if masked else None
             raw = scores[...]
             lse = plgpu.load(buffers.lse.at[stage], layout=tile.query_layout)

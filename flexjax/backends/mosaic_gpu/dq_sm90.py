@@ -27,7 +27,7 @@ from flexjax.backends.mosaic_gpu import backward_config as configs
 from flexjax.backends.mosaic_gpu import capture_gradients, launch_sm90, registers
 from flexjax.backends.mosaic_gpu.capture_gradients import QUERIES
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
-from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, rows, tiles
+from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, rows, tiles, unknown_zero
 from flexjax.backends.mosaic_gpu.registers import ROW
 from flexjax.backends.mosaic_gpu.schedule import Schedule, Steps, TilePosition
 from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place, TileGradients
@@ -289,13 +289,13 @@ class _Consumer:
     ) -> Any:
         kernel, buffers, tile = self.kernel, self.buffers, self.kernel.tile
         captures, w = self.inputs.score_captures, self.warpgroup
-        stage = kernel.stage(number)
+        stage, own = kernel.stage(number), w + unknown_zero(number)
         plgpu.barrier_wait(buffers.key_full.at[stage])
 
         def compute(scores: Any, dp: Any) -> Cotangents:
-            plgpu.wgmma(scores, buffers.query.at[w], buffers.key.at[stage].transpose((1, 0)))
+            plgpu.wgmma(scores, buffers.query.at[own], buffers.key.at[stage].transpose((1, 0)))
             plgpu.barrier_wait(buffers.value_full.at[stage])
-            plgpu.wgmma(dp, buffers.d_out.at[w], buffers.value.at[stage].transpose((1, 0)))
+            plgpu.wgmma(dp, buffers.d_out.at[own], buffers.value.at[stage].transpose((1, 0)))
             raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
             allowed = tile.allowed(place, self.inputs.mask_captures) if masked else None
             known = tile.probabilities(raw, lse, place, captures, allowed, masked, first_key)

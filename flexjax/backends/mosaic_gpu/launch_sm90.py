@@ -9,6 +9,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from flexjax.problem import BLHD, Problem
 
@@ -104,3 +105,17 @@ def rows(problem: Problem, ref: Any, b: Any, h: Any, first: Any, count: int, *co
     """Rows of one head of a tensor in the problem's layout, all columns of them or some."""
     span = pl.ds(first, count)
     return ref.at[b, span, h, *columns] if problem.layout == BLHD else ref.at[b, h, span, *columns]
+
+
+def unknown_zero(number: Any) -> Any:
+    """Zero, as the compiler does not know.
+
+    A tile that all steps of a loop read, numbered by this, has an address that changes from step to step for all
+    that LLVM can tell. Otherwise LLVM computes before the loop what products want to know of each 16 columns
+    of the tile. That takes two registers apiece, which are not there: they are kept in memory, or at least not
+    where matrix products read them. In the loop, they cost one instruction each of a unit that is idle.
+
+    Args:
+        number: of the step, at least 0 and below 2^30, but not by what the program says.
+    """
+    return lax.shift_right_logical(number, jnp.int32(30))

@@ -296,6 +296,17 @@ def _zero_at_run_time() -> ir.Value:
     )
 
 
+def zero_at_run_time() -> Any:
+    """A zero, int32, that neither LLVM nor ptxas knows to be one."""
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=scalar)
+    def zero(_: Any) -> Any:
+        return mgpu.FragmentedArray.splat(_zero_at_run_time(), (), is_signed=True)
+
+    return zero()
+
+
 # -- turns of warpgroups ----------------------------------------------------------------------------
 
 
