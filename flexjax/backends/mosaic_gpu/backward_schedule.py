@@ -22,6 +22,7 @@ from jax import lax
 
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig, padded_dim
 from flexjax.backends.mosaic_gpu.config import CORES
+from flexjax.backends.mosaic_gpu.schedule import moved_inside
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
@@ -129,10 +130,8 @@ class ColumnSchedule:
 
     def inside(self, first_query: Any) -> Any:
         """Moves a step that lies wholly beyond the last query back onto queries, for the mods' indices."""
-        last = (cdiv(self.problem.q_len, self.config.q_tile) - 1) * self.config.q_tile
-        if last + self.config.q_tile == self.padded_queries:
-            return first_query
-        return jnp.minimum(first_query, last)
+        q_tile = self.config.q_tile
+        return moved_inside(first_query, self.problem.q_len, q_tile, self.padded_queries)
 
     def steps(self, lists: Any, column: Column, b: Any, h: Any) -> Steps:
         """The steps of a column in batch row b and query head h.
