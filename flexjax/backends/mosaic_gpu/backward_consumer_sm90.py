@@ -475,5 +475,6 @@ class Consumer:
         staged[...] = x.astype(problem.q_dtype)
         plgpu.commit_smem()
         first = column.tile * self.kernel.config.kv_tile + self._first_key
-        where = rows(problem, target, column.b, column.h, first, WARPGROUP_ROWS, *columns)
+        head = column.h * self.kernel.schedule.shares + column.share
+        where = rows(problem, target, column.b, head, first, WARPGROUP_ROWS, *columns)
         plgpu.copy_smem_to_gmem(staged, where)

@@ -139,6 +139,8 @@ class Kernel:
             problem=self.problem,
             q_size=config.q_tile,
             kv_size=WARPGROUP_ROWS,
+            padded_queries=schedule.padded_queries,
+            padded_keys=schedule.padded_keys,
             transposed=True,
             queries_overhang=schedule.queries_overhang,
             keys_overhang=schedule.keys_overhang,

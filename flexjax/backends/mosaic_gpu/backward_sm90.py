@@ -113,8 +113,8 @@ def backward(
     )
     key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
     outputs = Outputs(
-        jax.ShapeDtypeStruct(key.shape, problem.k_dtype),
-        jax.ShapeDtypeStruct(value.shape, problem.v_dtype),
+        jax.ShapeDtypeStruct(_shared_out(key.shape, q_axis, schedule.shares), problem.k_dtype),
+        jax.ShapeDtypeStruct(_shared_out(value.shape, q_axis, schedule.shares), problem.v_dtype),
         tuple(key_sums for load in kernel.loads if load.kind == KEYS),
     )
     outputs = launch(
@@ -136,7 +136,10 @@ def backward(
     dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
     dk, dv = (
         lax.slice_in_dim(x, 0, problem.kv_len, axis=q_axis)[..., :dim]
-        for x, dim in ((outputs.dk, problem.qk_dim), (outputs.dv, problem.v_dim))
+        for x, dim in (
+            (_summed_shares(outputs.dk, q_axis, schedule.shares), problem.qk_dim),
+            (_summed_shares(outputs.dv, q_axis, schedule.shares), problem.v_dim),
+        )
     )
     added = [ref[...] for ref in inputs.sums]
     kept = list(outputs.key_sums)
@@ -207,6 +210,21 @@ def _statistics(
         jnp.pad(lse, padding, constant_values=jnp.inf),
         jnp.pad(jnp.where(dead, 0.0, delta), padding),
     )
+
+
+def _shared_out(shape: tuple[int, ...], q_axis: int, shares: int) -> tuple[int, ...]:
+    """The shape of dK or dV with every head of keys as often as its queries are shared out."""
+    heads = 3 - q_axis
+    return (*shape[:heads], shape[heads] * shares, *shape[heads + 1 :])
+
+
+def _summed_shares(x: Any, q_axis: int, shares: int) -> Any:
+    """Sums over those of a head, in float32."""
+    if shares == 1:
+        return x
+    heads = 3 - q_axis
+    apart = x.reshape(*x.shape[:heads], -1, shares, *x.shape[heads + 1 :])
+    return apart.sum(heads + 1, dtype=jnp.float32).astype(x.dtype)
 
 
 def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:

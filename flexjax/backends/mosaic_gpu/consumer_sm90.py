@@ -305,7 +305,7 @@ class Consumer:
             score=scores,
             b=position.b,
             h=position.h,
-            q_start=self._first_query(position),
+            q_start=kernel.schedule.on_queries(self._first_query(position)),
             kv_start=kernel.schedule.inside(first_key),
             q_size=WARPGROUP_ROWS,
             kv_size=kv_tile,

@@ -111,6 +111,8 @@ class Kernel:
             problem=self.problem,
             q_size=WARPGROUP_ROWS,
             kv_size=self.config.kv_tile,
+            padded_queries=self.padded_queries,
+            padded_keys=self.schedule.kv_tiles * self.config.kv_tile,
             transposed=False,
             queries_overhang=self.padded_queries != self.problem.q_len,
             keys_overhang=self.schedule.overhang,

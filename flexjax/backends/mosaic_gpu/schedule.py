@@ -14,9 +14,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu.config import Config
+from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
+
+
+def moved_inside(first: Any, length: int, size: int, padded: int) -> Any:
+    """The first index of a tile, moved so that the tile begins within the length.
+
+    Args:
+        first: the index, a multiple of `size`.
+        length: how many indices there are.
+        size: of a tile.
+        padded: how many indices all tiles together reach over.
+    """
+    last = (cdiv(length, size) - 1) * size
+    return first if last + size >= padded else jnp.minimum(first, last)
 
 
 class TilePosition(NamedTuple):
@@ -86,9 +99,14 @@ class Schedule:
 
     def inside(self, first_key: Any) -> Any:
         """Moves a step that lies wholly beyond the last key, where nothing counts, back onto keys."""
-        if self.listed_tiles == self.kv_tiles:
-            return first_key
-        return jnp.minimum(first_key, (self.kv_tiles - 1) * self.config.kv_tile)
+        kv_tile = self.config.kv_tile
+        return moved_inside(first_key, self.problem.kv_len, kv_tile, self.listed_tiles * kv_tile)
+
+    def on_queries(self, first_query: Any) -> Any:
+        """Moves a warpgroup's queries that lie wholly beyond the last one back, for what the mods read."""
+        return moved_inside(
+            first_query, self.problem.q_len, WARPGROUP_ROWS, self.q_tiles * self.config.q_tile
+        )
 
     # -- tiles ----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import emit, lanes, placement, registers
 from flexjax.backends.mosaic_gpu.lanes import F32, Lane
 from flexjax.backends.mosaic_gpu.registers import TILE
+from flexjax.backends.mosaic_gpu.schedule import moved_inside
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.mods import graph as graphs
@@ -81,6 +82,7 @@ class TileGradients:
     Attributes:
         problem: the attention.
         q_size, kv_size: size of the tiles.
+        padded_queries, padded_keys: numbers of queries and keys that all tiles together reach over.
         transposed: whether tiles are [keys, queries].
         queries_overhang: whether tiles may hold queries past the end. Their logsumexp is +inf.
         keys_overhang: whether masked tiles may hold keys past the end.
@@ -90,6 +92,8 @@ class TileGradients:
     problem: Problem
     q_size: int
     kv_size: int
+    padded_queries: int
+    padded_keys: int
     transposed: bool
     queries_overhang: bool
     keys_overhang: bool
@@ -296,16 +300,18 @@ class TileGradients:
         return emit.evaluate_on_tile(wanted, score_captures, self._inputs(None, place))
 
     def _inputs(self, scores: Any, place: Place) -> emit.TileInputs:
+        # What the mods read lies within arrays for tiles wholly beyond the end, too.
+        q_len, kv_len = self.problem.q_len, self.problem.kv_len
         return emit.TileInputs(
             score=scores,
             b=place.b,
             h=place.h,
-            q_start=place.query,
-            kv_start=place.key,
+            q_start=moved_inside(place.query, q_len, self.q_size, self.padded_queries),
+            kv_start=moved_inside(place.key, kv_len, self.kv_size, self.padded_keys),
             q_size=self.q_size,
             kv_size=self.kv_size,
-            q_limit=self.problem.q_len,
-            kv_limit=self.problem.kv_len,
+            q_limit=q_len,
+            kv_limit=kv_len,
             transposed=self.transposed,
             approx_math=self.approx_math,
             interpret=self.interpret,
