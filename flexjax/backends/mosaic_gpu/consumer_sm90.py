@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import emit, products_sm90, registers
+from flexjax.backends.mosaic_gpu import emit, products_sm90, registers, wgmma_sm90
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
@@ -270,29 +270,24 @@ class Consumer:
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""
-        return products_sm90.scores(self._query, self.buffers.key.at[stage])
+        key = self.buffers.key.at[stage]
+        if self.kernel.config.interpret:
+            return products_sm90.scores(self._query, key)
+        return wgmma_sm90.awaited(wgmma_sm90.product(self._query, key, transpose_b=True))
 
     def _issue_products(self, carry: Accumulation, stage: Any, previous: Any) -> tuple[Any, Any]:
         """Issues Q K^T of one stage and adds P V of the previous one; awaits neither."""
-
-        def products(scores: Any, out: Any) -> Any:
-            out[...] = carry.out
-            plgpu.wgmma(scores, self._query, self.buffers.key.at[stage].transpose((1, 0)))
-            plgpu.barrier_wait(self.buffers.value_full.at[previous])
-            plgpu.wgmma(out, carry.p, self.buffers.value.at[previous])
-            return tuple(plgpu.wgmma_accumulator_load(x, wait_n=None) for x in (scores, out))
-
-        shape = (WARPGROUP_ROWS, self.kernel.config.kv_tile)
-        return pl.run_scoped(
-            products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(carry.out.shape, jnp.float32)
-        )
+        key, value = self.buffers.key.at[stage], self.buffers.value.at[previous]
+        scores = wgmma_sm90.product(self._query, key, transpose_b=True)
+        plgpu.barrier_wait(self.buffers.value_full.at[previous])
+        return scores, wgmma_sm90.product(carry.p, value, carry.out)
 
     def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
         """Adds P V to the output."""
-        staged = self.buffers.probabilities
-        return products_sm90.add_weighted(
-            out, p, self.buffers.value.at[stage], staged[0].at[self.warpgroup] if staged else None
-        )
+        value, staged = self.buffers.value.at[stage], self.buffers.probabilities
+        if staged:  # the interpreter
+            return products_sm90.add_weighted(out, p, value, staged[0].at[self.warpgroup])
+        return wgmma_sm90.awaited(wgmma_sm90.product(p, value, out))
 
     # -- scores ---------------------------------------------------------------------------------
 
