@@ -19,6 +19,7 @@ from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
 from flexjax.backends.mosaic_gpu.trusting import Bias
+from flexjax.backends.mosaic_gpu.wgmma_sm90 import Tiles
 
 
 class Accumulation(NamedTuple):
@@ -76,13 +77,33 @@ class _Allowed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Consumer:
-    """A warpgroup that computes 64 queries of every tile."""
+    """A warpgroup that computes 64 queries of every tile.
+
+    Attributes:
+        kernel, inputs, outputs, buffers: what it works with.
+        warpgroup: its number.
+        matrices: its queries, and keys and values of the first stage; None in the interpreter.
+    """
 
     kernel: Kernel
     inputs: Inputs
     outputs: Outputs
     buffers: Buffers
     warpgroup: Any
+    matrices: tuple[Tiles, Tiles, Tiles] | None = None
+
+    @classmethod
+    def of(
+        cls, kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers, warpgroup: Any
+    ) -> Consumer:
+        """The consumer, which knows where its matrices are."""
+        matrices = None
+        if not kernel.config.interpret:
+            query, key, value = map(
+                wgmma_sm90.matrices, (buffers.query, buffers.key, buffers.value)
+            )
+            matrices = query.at(warpgroup), key, value
+        return cls(kernel, inputs, outputs, buffers, warpgroup, matrices)
 
     @property
     def _query(self) -> Any:
@@ -270,24 +291,26 @@ class Consumer:
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""
-        key = self.buffers.key.at[stage]
-        if self.kernel.config.interpret:
-            return products_sm90.scores(self._query, key)
-        return wgmma_sm90.awaited(wgmma_sm90.product(self._query, key, transpose_b=True))
+        if self.matrices is None:
+            return products_sm90.scores(self._query, self.buffers.key.at[stage])
+        query, key, _ = self.matrices
+        return wgmma_sm90.awaited(wgmma_sm90.product(query, key.at(stage), transpose_b=True))
 
     def _issue_products(self, carry: Accumulation, stage: Any, previous: Any) -> tuple[Any, Any]:
         """Issues Q K^T of one stage and adds P V of the previous one; awaits neither."""
-        key, value = self.buffers.key.at[stage], self.buffers.value.at[previous]
-        scores = wgmma_sm90.product(self._query, key, transpose_b=True)
+        assert self.matrices is not None, "the interpreter awaits every product"
+        query, key, value = self.matrices
+        scores = wgmma_sm90.product(query, key.at(stage), transpose_b=True)
         plgpu.barrier_wait(self.buffers.value_full.at[previous])
-        return scores, wgmma_sm90.product(carry.p, value, carry.out)
+        return scores, wgmma_sm90.product(carry.p, value.at(previous), carry.out)
 
     def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
         """Adds P V to the output."""
-        value, staged = self.buffers.value.at[stage], self.buffers.probabilities
-        if staged:  # the interpreter
-            return products_sm90.add_weighted(out, p, value, staged[0].at[self.warpgroup])
-        return wgmma_sm90.awaited(wgmma_sm90.product(p, value, out))
+        if self.matrices is None:
+            staged = self.buffers.probabilities[0].at[self.warpgroup]
+            return products_sm90.add_weighted(out, p, self.buffers.value.at[stage], staged)
+        _, _, value = self.matrices
+        return wgmma_sm90.awaited(wgmma_sm90.product(p, value.at(stage), out))
 
     # -- scores ---------------------------------------------------------------------------------
 

@@ -32,13 +32,55 @@ _TILE_ROWS = 8  # of a tile in shared memory
 _SWIZZLES = {128: 1, 64: 2, 32: 3}  # bytes -> the descriptor's number
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A matrix in shared memory, in tiles of 8 rows and `swizzle` bytes; rows of tiles one behind the other.
+
+    Attributes:
+        address: int32 scalar, a sixteenth of where it begins in shared memory.
+        shape: rows and columns.
+        dtype: of 16 bits.
+        swizzle: in bytes.
+    """
+
+    address: Any
+    shape: tuple[int, int]
+    dtype: Any
+    swizzle: int
+
+    def at(self, number: Any) -> Tiles:
+        """The matrix so many places behind this one, in a buffer of such matrices."""
+        rows, columns = self.shape
+        size = rows * columns * jnp.dtype(self.dtype).itemsize
+        return dataclasses.replace(self, address=self.address + number * (size >> 4))
+
+
+def matrices(buffer: Any) -> Tiles:
+    """The first of the matrices in a buffer [..., rows, columns] that `launch_sm90.tiles` made.
+
+    Products take matrices by their addresses: for every reference that Mosaic is given, it looks for a layout.
+    """
+    swizzle = swizzle_of(buffer.dtype, buffer.shape[-1])
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(transforms_of(buffer.dtype, swizzle)),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def address(_: Any, ref: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        place = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
+        place = llvm.lshr(place, arith.constant(i32, 4))
+        return mgpu.FragmentedArray.splat(place, (), is_signed=True)
+
+    return Tiles(address(buffer), tuple(buffer.shape[-2:]), buffer.dtype, swizzle)
+
+
 def product(
-    a: Any,
-    b: Any,
-    accumulator: Any = None,
+    a: jax.Array | Tiles,
+    b: Tiles,
+    accumulator: jax.Array | None = None,
     *,
     transpose_b: bool = False,
-    swizzle: int | None = None,
 ) -> jax.Array:
     """Issues accumulator + a @ b and commits it as a group; awaits nothing.
 
@@ -46,25 +88,24 @@ def product(
 
     Args:
         a: bfloat16 or float16 [64, K], in shared memory or in registers.
-        b: reference to shared memory [K, N], in the dtype of `a`.
+        b: [K, N], in the dtype of `a`.
         accumulator: float32 [64, N]; zeros by default.
         transpose_b: b is [N, K] instead.
-        swizzle: in bytes, of what is in shared memory; by default as `launch_sm90.tiles` chooses it.
     """
-    swizzle = swizzle or swizzle_of(b.dtype, b.shape[-1])
-    in_memory = plgpu.RefType(transforms_of(b.dtype, swizzle))
-    tile = registers.TILE
-    added = () if accumulator is None else (accumulator,)
-    columns = b.shape[-2] if transpose_b else b.shape[-1]
+    tile, scalar = registers.TILE, plgpu.Layout.WG_SPLAT
+    left = None if isinstance(a, jax.Array) else _Factor(a, along_rows=False)
+    right = _Factor(b, along_rows=not transpose_b)
+    assert a.shape == (_ROWS, right.depth), (a.shape, b.shape, transpose_b)
+    values = (a,) if isinstance(a, jax.Array) else ()
+    values = values if accumulator is None else (*values, accumulator)
+    columns = b.shape[0 if transpose_b else 1]
+    addresses = [x.address for x in (a, b) if isinstance(x, Tiles)]
     call = plgpu.inline_mgpu(
-        arg_types=(
-            tile if isinstance(a, jax.Array) else in_memory,
-            in_memory,
-            *(tile for _ in added),
-        ),
+        arg_types=(*(scalar for _ in addresses), *(tile for _ in values)),
         return_type=plgpu.ShapeDtypeStruct((_ROWS, columns), jnp.float32, tile),
     )
-    return call(functools.partial(_emit, columns, transpose_b, swizzle))(a, b, *added)
+    emitted = functools.partial(_emit, columns, left, right)
+    return call(emitted)(*addresses, *values)
 
 
 def awaited(result: jax.Array) -> jax.Array:
@@ -73,19 +114,10 @@ def awaited(result: jax.Array) -> jax.Array:
     return lax.optimization_barrier(result)
 
 
-def _emit(
-    columns: int, transpose_b: bool, swizzle: int, _: Any, a: Any, b: Any, accumulator: Any = None
-) -> Any:
+def _emit(columns: int, left: _Factor | None, right: _Factor, _: Any, *given: Any) -> Any:
     """What `product` inlines."""
-    right = _Factor.of(b, swizzle, along_rows=not transpose_b)
-    in_registers = isinstance(a, mgpu.FragmentedArray)
-    if in_registers:
-        assert a.shape == (_ROWS, right.depth), (a.shape, right.depth)
-        left, transpose_a = None, ""
-    else:
-        left, transpose_a = _Factor.of(a, swizzle, along_rows=False), "0, "
-        assert left.depth == right.depth, (left.depth, right.depth)
-
+    addresses = [x.registers.item() for x in given if x.shape == ()]
+    a, accumulator, *_ = [*([None] if left else []), *(x for x in given if x.shape), None]
     number, count = ir.F32Type.get(), columns // 2
     if accumulator is None:
         held = [registers.f32(0.0)] * count
@@ -100,23 +132,24 @@ def _emit(
         constraints.extend(constraint for _ in values)
         return [f"${next(numbers)}" for _ in values]
 
-    dtype = str(b.type.element_type)
+    dtype = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(right.tiles.dtype).name]
     name = f"wgmma.mma_async.sync.aligned.m{_ROWS}n{columns}k{_DEPTH}.f32.{dtype}.{dtype}"
     results = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
-    lines = ["{ .reg .pred p; .reg .b64 x, y; setp.eq.b32 p, 0, 0; wgmma.fence.sync.aligned;"]
-    if in_registers:
-        words = take(_words(a), "r")
-    else:
-        (start_a,) = take([left.address()], "l")
-    (start_b,) = take([right.address()], "l")
+    transpose_a = "" if left is None else "0, "
+    lines = [
+        "{ .reg .pred p; .reg .b32 t; .reg .b64 x, y; setp.eq.b32 p, 0, 0; wgmma.fence.sync.aligned;"
+    ]
+    *start_a, start_b = take(addresses, "r")
+    words = take(_words(a), "r") if left is None else []
     for step in range(right.depth // _DEPTH):
-        if in_registers:
-            first = "{" + ", ".join(words[4 * step : 4 * step + 4]) + "}"
-        else:
+        first = "{" + ", ".join(words[4 * step : 4 * step + 4]) + "}"
+        if left is not None:
             first = "x"
-            lines.append(left.descriptor("x", start_a, step))
+            lines.append(left.descriptor("x", *start_a, step))
         lines.append(right.descriptor("y", start_b, step))
-        lines.append(f"{name} {results}, {first}, y, p, 1, 1, {transpose_a}{int(not transpose_b)};")
+        lines.append(
+            f"{name} {results}, {first}, y, p, 1, 1, {transpose_a}{int(right.along_rows)};"
+        )
     struct = llvm.inline_asm(
         llvm.StructType.get_literal([number] * count),
         inputs,
@@ -142,57 +175,43 @@ def _words(a: Any) -> list[ir.Value]:
 
 @dataclasses.dataclass(frozen=True)
 class _Factor:
-    """A factor in shared memory, in tiles of 8 rows and `swizzle` bytes.
+    """A factor in shared memory.
 
     Attributes:
-        ref: of the tiles, [rows / 8, columns / width, 8, width].
-        swizzle: in bytes.
+        tiles: where it is.
         along_rows: whether products sum over its rows, else over its columns.
-        depth: how many they sum over.
-        tile_strides: bytes from tile to tile, down and across.
     """
 
-    ref: ir.Value
-    swizzle: int
+    tiles: Tiles
     along_rows: bool
-    depth: int
-    tile_strides: tuple[int, int]
 
-    @classmethod
-    def of(cls, ref: ir.Value, swizzle: int, along_rows: bool) -> _Factor:
-        kind = ir.MemRefType(ref.type)
-        down, across, tile_rows, width = kind.shape
-        strides, _ = kind.get_strides_and_offset()
-        size = mgpu.utils.bytewidth(kind.element_type)
-        assert (tile_rows, width * size) == (_TILE_ROWS, swizzle), (list(kind.shape), swizzle)
-        assert list(strides[2:]) == [width, 1], strides
-        depth = down * tile_rows if along_rows else across * width
-        return cls(ref, swizzle, along_rows, depth, (strides[0] * size, strides[1] * size))
+    @property
+    def depth(self) -> int:
+        """How many numbers products sum over."""
+        return self.tiles.shape[0 if self.along_rows else 1]
 
-    def address(self) -> ir.Value:
-        """Where it lies, as descriptors have it."""
-        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(self.ref))
-        return llvm.lshr(llvm.and_(address, _i64(0x3FFFF)), _i64(4))
+    @property
+    def _strides(self) -> tuple[int, int]:
+        """Bytes from tile to tile, down and across."""
+        columns, size = self.tiles.shape[1], jnp.dtype(self.tiles.dtype).itemsize
+        return _TILE_ROWS * columns * size, _TILE_ROWS * self.tiles.swizzle
 
     def descriptor(self, name: str, address: str, step: int) -> str:
-        """The statement that makes the descriptor of an instruction's part.
+        """The statements that make the descriptor of an instruction's part.
 
         It tells where the part lies, how far tiles lie apart, and the swizzle.
         """
-        down, across = self.tile_strides
+        down, across = self._strides
         # Of tiles side by side an instruction reads several only where it sums over rows.
         leading = across if self.along_rows else 0
-        constant = _SWIZZLES[self.swizzle] << 62 | (down >> 4) << 32 | (leading >> 4) << 16
-        return f"add.s64 {name}, {address}, {constant + (self._offset(step) >> 4):#x};"
+        low = (leading >> 4) << 16 | self._offset(step) >> 4
+        high = _SWIZZLES[self.tiles.swizzle] << 30 | down >> 4
+        return f"add.u32 t, {address}, {low:#x}; mov.b64 {name}, {{t, {high:#x}}};"
 
     def _offset(self, step: int) -> int:
         """Bytes to an instruction's part."""
-        down, across = self.tile_strides
+        down, across = self._strides
         if self.along_rows:
             return step * (_DEPTH // _TILE_ROWS) * down
-        tile, rest = divmod(step * 2 * _DEPTH, self.swizzle)
+        tile, rest = divmod(step * 2 * _DEPTH, self.tiles.swizzle)
         return tile * across + rest
-
-
-def _i64(value: int) -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(64), value)
