@@ -212,9 +212,7 @@ class Consumer:
         # Which rows see a key is not known in words then: rows without a reference would start over every time.
         bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None
-        plgpu.wgmma_wait(1)
-        # The optimization barriers tie values to the waits, which they do not depend on otherwise.
-        scores = lax.optimization_barrier(scores)
+        scores = wgmma_sm90.awaited(scores, later=1)
         self._key_read(work, number, following)
         if bias is None:
             scores = self._scores(scores, position, first_key, masked)
@@ -227,10 +225,10 @@ class Consumer:
             words = None if allowed is None else allowed.words
             before = 1.0 if bias is None else kernel.scores.before
             new = softmax.trusting(scores, carry.state, words, bias, before)
+        # Ties them to what follows, which they do not depend on otherwise.
         p, state, alpha = lax.optimization_barrier(new)
         registers.keep_above_next_wait(state.total)
-        plgpu.wgmma_wait(0)
-        out = lax.optimization_barrier(out)
+        out = wgmma_sm90.awaited(out)
         self._value_read(work, number - 1)
         return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
 

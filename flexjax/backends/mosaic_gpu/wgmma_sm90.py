@@ -17,7 +17,6 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
@@ -84,7 +83,7 @@ def product(
 ) -> jax.Array:
     """Issues accumulator + a @ b and commits it as a group; awaits nothing.
 
-    Until it has been awaited, and an optimization barrier has tied it to that, the result must not be used.
+    The result must not be used but for `awaited`.
 
     Args:
         a: bfloat16 or float16 [64, K], in shared memory or in registers.
@@ -108,23 +107,28 @@ def product(
     return call(emitted)(*addresses, *values)
 
 
-def awaited(result: jax.Array) -> jax.Array:
-    """The result of a product, once all products are done."""
-    plgpu.wgmma_wait(0)
-    return lax.optimization_barrier(result)
+def awaited(result: jax.Array, later: int = 0) -> jax.Array:
+    """The result of a product, once it is there; as many as `later` products issued after it may still run."""
+    tile = registers.TILE
+    returned = plgpu.ShapeDtypeStruct(result.shape, jnp.float32, tile)
+
+    @plgpu.inline_mgpu(arg_types=(tile,), return_type=returned)
+    def wait(_: Any, x: Any) -> Any:
+        held = _numbers(x)
+        statement = f"wgmma.wait_group.sync.aligned {later};"
+        return _fragment(_in_place(held, [], [], statement), x.shape)
+
+    return wait(result)
 
 
 def _emit(columns: int, left: _Factor | None, right: _Factor, _: Any, *given: Any) -> Any:
     """What `product` inlines."""
     addresses = [x.registers.item() for x in given if x.shape == ()]
     a, accumulator, *_ = [*([None] if left else []), *(x for x in given if x.shape), None]
-    number, count = ir.F32Type.get(), columns // 2
-    if accumulator is None:
-        held = [registers.f32(0.0)] * count
-    else:
-        held = [registers.element(r, k) for r in accumulator.registers.flat for k in range(2)]
-    # Results first; the accumulators are in the same registers.
-    inputs, constraints = held, ["=f"] * count + [str(i) for i in range(count)]
+    count = columns // 2
+    held = [registers.f32(0.0)] * count if accumulator is None else _numbers(accumulator)
+    inputs: list[ir.Value] = []
+    constraints: list[str] = []
     numbers = itertools.count(2 * count)
 
     def take(values: list[ir.Value], constraint: str) -> list[str]:
@@ -150,20 +154,44 @@ def _emit(columns: int, left: _Factor | None, right: _Factor, _: Any, *given: An
         lines.append(
             f"{name} {results}, {first}, y, p, 1, 1, {transpose_a}{int(right.along_rows)};"
         )
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return _fragment(_in_place(held, inputs, constraints, " ".join(lines)), (_ROWS, columns))
+
+
+def _in_place(
+    held: list[ir.Value], inputs: list[ir.Value], constraints: list[str], statement: str
+) -> list[ir.Value]:
+    """What a statement leaves in the registers of float32 numbers, which are its operands 0, 1, ...
+
+    Args:
+        held: the numbers. Their number of operands follows, since they are read as well as written.
+        inputs: further operands.
+        constraints: of those.
+        statement: of assembly.
+    """
+    number, count = ir.F32Type.get(), len(held)
     struct = llvm.inline_asm(
         llvm.StructType.get_literal([number] * count),
-        inputs,
-        " ".join([*lines, "wgmma.commit_group.sync.aligned; }"]),
-        ",".join(constraints),
+        [*held, *inputs],
+        statement,
+        ",".join([*["=f"] * count, *map(str, range(count)), *constraints]),
         asm_dialect=0,
         has_side_effects=True,
     )
-    layout = registers.TILE.to_mgpu()
-    out = np.empty(layout.registers_shape((_ROWS, columns)), dtype=object)
-    kind = ir.VectorType.get((2,), number)
-    new = iter([llvm.extractvalue(number, struct, [i]) for i in range(count)])
+    return [llvm.extractvalue(number, struct, [i]) for i in range(count)]
+
+
+def _numbers(tile: Any) -> list[ir.Value]:
+    """The numbers that a thread holds of a float32 tile, in the order of the instruction's operands."""
+    return [registers.element(r, k) for r in tile.registers.flat for k in range(2)]
+
+
+def _fragment(numbers: list[ir.Value], shape: tuple[int, ...]) -> Any:
+    """The tile of such numbers."""
+    layout, pair = registers.TILE.to_mgpu(), ir.VectorType.get((2,), ir.F32Type.get())
+    out, rest = np.empty(layout.registers_shape(tuple(shape)), dtype=object), iter(numbers)
     for position in np.ndindex(out.shape):
-        out[position] = vector.from_elements(kind, [next(new), next(new)])
+        out[position] = vector.from_elements(pair, [next(rest), next(rest)])
     return registers.fragment(out, layout)
 
 
