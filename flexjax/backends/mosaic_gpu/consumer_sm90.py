@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flexjax.backends.mosaic_gpu import emit, products_sm90, registers
+from flexjax.backends.mosaic_gpu import emit, products_sm90, registers, wgmma_sm90
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
@@ -19,6 +19,7 @@ from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
 from flexjax.backends.mosaic_gpu.softmax import State
 from flexjax.backends.mosaic_gpu.trusting import Bias
+from flexjax.backends.mosaic_gpu.wgmma_sm90 import Tiles
 
 
 class Accumulation(NamedTuple):
@@ -76,13 +77,33 @@ class _Allowed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Consumer:
-    """A warpgroup that computes 64 queries of every tile."""
+    """A warpgroup that computes 64 queries of every tile.
+
+    Attributes:
+        kernel, inputs, outputs, buffers: what it works with.
+        warpgroup: its number.
+        matrices: its queries, and keys and values of the first stage; None in the interpreter.
+    """
 
     kernel: Kernel
     inputs: Inputs
     outputs: Outputs
     buffers: Buffers
     warpgroup: Any
+    matrices: tuple[Tiles, Tiles, Tiles] | None = None
+
+    @classmethod
+    def of(
+        cls, kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers, warpgroup: Any
+    ) -> Consumer:
+        """The consumer, which knows where its matrices are."""
+        matrices = None
+        if not kernel.config.interpret:
+            query, key, value = map(
+                wgmma_sm90.matrices, (buffers.query, buffers.key, buffers.value)
+            )
+            matrices = query.at(warpgroup), key, value
+        return cls(kernel, inputs, outputs, buffers, warpgroup, matrices)
 
     @property
     def _query(self) -> Any:
@@ -191,9 +212,7 @@ class Consumer:
         # Which rows see a key is not known in words then: rows without a reference would start over every time.
         bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None
-        plgpu.wgmma_wait(1)
-        # The optimization barriers tie values to the waits, which they do not depend on otherwise.
-        scores = lax.optimization_barrier(scores)
+        scores = wgmma_sm90.awaited(scores, later=1)
         self._key_read(work, number, following)
         if bias is None:
             scores = self._scores(scores, position, first_key, masked)
@@ -206,10 +225,10 @@ class Consumer:
             words = None if allowed is None else allowed.words
             before = 1.0 if bias is None else kernel.scores.before
             new = softmax.trusting(scores, carry.state, words, bias, before)
+        # Ties them to what follows, which they do not depend on otherwise.
         p, state, alpha = lax.optimization_barrier(new)
         registers.keep_above_next_wait(state.total)
-        plgpu.wgmma_wait(0)
-        out = lax.optimization_barrier(out)
+        out = wgmma_sm90.awaited(out)
         self._value_read(work, number - 1)
         return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
 
@@ -270,29 +289,26 @@ class Consumer:
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""
-        return products_sm90.scores(self._query, self.buffers.key.at[stage])
+        if self.matrices is None:
+            return products_sm90.scores(self._query, self.buffers.key.at[stage])
+        query, key, _ = self.matrices
+        return wgmma_sm90.awaited(wgmma_sm90.product(query, key.at(stage), transpose_b=True))
 
     def _issue_products(self, carry: Accumulation, stage: Any, previous: Any) -> tuple[Any, Any]:
         """Issues Q K^T of one stage and adds P V of the previous one; awaits neither."""
-
-        def products(scores: Any, out: Any) -> Any:
-            out[...] = carry.out
-            plgpu.wgmma(scores, self._query, self.buffers.key.at[stage].transpose((1, 0)))
-            plgpu.barrier_wait(self.buffers.value_full.at[previous])
-            plgpu.wgmma(out, carry.p, self.buffers.value.at[previous])
-            return tuple(plgpu.wgmma_accumulator_load(x, wait_n=None) for x in (scores, out))
-
-        shape = (WARPGROUP_ROWS, self.kernel.config.kv_tile)
-        return pl.run_scoped(
-            products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(carry.out.shape, jnp.float32)
-        )
+        assert self.matrices is not None, "the interpreter awaits every product"
+        query, key, value = self.matrices
+        scores = wgmma_sm90.product(query, key.at(stage), transpose_b=True)
+        plgpu.barrier_wait(self.buffers.value_full.at[previous])
+        return scores, wgmma_sm90.product(carry.p, value.at(previous), carry.out)
 
     def _add_product(self, out: Any, p: Any, stage: Any) -> Any:
         """Adds P V to the output."""
-        staged = self.buffers.probabilities
-        return products_sm90.add_weighted(
-            out, p, self.buffers.value.at[stage], staged[0].at[self.warpgroup] if staged else None
-        )
+        if self.matrices is None:
+            staged = self.buffers.probabilities[0].at[self.warpgroup]
+            return products_sm90.add_weighted(out, p, self.buffers.value.at[stage], staged)
+        _, _, value = self.matrices
+        return wgmma_sm90.awaited(wgmma_sm90.product(p, value.at(stage), out))
 
     # -- scores ---------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     consumers = kernel.config.warpgroups
     if kernel.config.self_loading:
-        Consumer(kernel, inputs, outputs, buffers, 0).run(cta)
+        Consumer.of(kernel, inputs, outputs, buffers, 0).run(cta)
         return
     limits = configs.REGISTERS[consumers]
 
@@ -118,7 +118,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     def _() -> None:
         if limits is not None:
             plgpu.set_max_registers(limits[0], action="increase")
-        Consumer(kernel, inputs, outputs, buffers, warpgroup).run(cta)
+        Consumer.of(kernel, inputs, outputs, buffers, warpgroup).run(cta)
 
     @pl.when(warpgroup == consumers)
     def _() -> None:

@@ -91,10 +91,19 @@ def launch(
 
 def tiles(dtype: Any, *shape: int, swizzle: int | None = None) -> Any:
     """Shared memory for tiles that TMA and the matrix products understand."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-    swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    swizzle = swizzle or swizzle_of(dtype, shape[-1])
+    return plgpu.SMEM(shape, dtype, transforms=transforms_of(dtype, swizzle))
+
+
+def swizzle_of(dtype: Any, columns: int) -> int:
+    """The widest swizzle, in bytes, of rows of so many numbers."""
+    return int(plgpu.find_swizzle(columns * 8 * jnp.dtype(dtype).itemsize))
+
+
+def transforms_of(dtype: Any, swizzle: int) -> tuple[Any, Any]:
+    """How tiles lie in shared memory: 8 rows of `swizzle` bytes each."""
+    width = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
 
 
 def barriers(count: int, arrivals: int = 1) -> Any:
