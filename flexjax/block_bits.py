@@ -37,6 +37,10 @@ class Bits:
     before: Int32[Array, "*rows words"]
     counts: Int32[Array, "*rows"]
 
+    def members(self) -> Bool[Array, "*rows words 32"]:
+        """Which blocks are members; what asks needs only the words, an eighth of the states in size."""
+        return (self.words[..., None] >> _places(self.words.ndim)) & np.uint32(1) != 0
+
     def ranks(self) -> Int32[Array, "*rows words 32"]:
         """How many members precede each block in its row."""
         below = (np.uint32(1) << _places(self.words.ndim)) - np.uint32(1)
@@ -75,9 +79,9 @@ class Members:
     def position(self, number: Int32[Array, "*n"]) -> tuple[Any, Any]:
         """(row, column) of members by number; some position of the mask where there is no such member."""
         words, before = self.bits.words, self.bits.before
-        row = _last_at_most(lambda i: self.starts[i], words.shape[0], number)
+        row = (self.starts[None] <= number[:, None]).sum(1, dtype=jnp.int32) - 1
         rank = number - self.starts[row]
-        word = _last_at_most(lambda i: before[row, i], words.shape[1], rank)
+        word = (before[row] <= rank[:, None]).sum(1, dtype=jnp.int32) - 1
         bit = _set_bit(words[row, word], rank - before[row, word])
         return row, word * WORD + bit
 

@@ -271,15 +271,9 @@ def _from_states(
     rows, overflow = lists_of(states, limits[0])
     columns = None
     if compute_q_blocks:
-        columns, more = lists_of(_transposed(states), limits[1])
+        columns, more = lists_of(states.swapaxes(-1, -2), limits[1])
         overflow = overflow | more
     return assemble(rows, columns, geometry, graph, captures, overflow if flagged else None)
-
-
-def _transposed(states: Any) -> Any:
-    """[..., C, R]; written down, so that XLA makes both directions' lists of equal shapes by the same kernels."""
-    turned = states.swapaxes(-1, -2)
-    return turned if isinstance(states, np.ndarray) else jax.lax.optimization_barrier(turned)
 
 
 def _fitting(states: Any) -> Widths:

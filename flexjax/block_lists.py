@@ -168,12 +168,12 @@ def _listed(states: Any, widths: tuple[int, int]) -> list[Any]:
     row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
     column = jnp.arange(by_word.shape[1] * WORD, dtype=jnp.int32).reshape(1, -1, WORD)
     column = jnp.broadcast_to(column, by_word.shape)
+    # Past the list: not listed.
+    place = jnp.where(both.members(), both.ranks(), cols)
     made = []
-    for which, (state, width) in enumerate(zip((PARTIAL, FULL), widths, strict=True)):
-        # Past the list: not listed.
-        place = jnp.where(by_word == state, both.ranks()[which], width)
+    for which, width in enumerate(widths):
         indices = jnp.full((rows, width), cols - 1, jnp.int32)
-        indices = indices.at[row, place].set(column, mode="drop", unique_indices=True)
+        indices = indices.at[row, place[which]].set(column, mode="drop", unique_indices=True)
         made += [both.counts[which], indices]
     return made
 
