@@ -20,12 +20,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Int8, Int32
 
 from flexjax import _compat
+from flexjax.block_bits import WORD, bits_of, by_words
 
 # States of a block. OPEN: not settled yet.
 EMPTY, PARTIAL, FULL, OPEN = np.int8(0), np.int8(1), np.int8(2), np.int8(3)
 
 # Lists are made for groups of rows of at most this many blocks, whose intermediate results take a few megabytes.
-_GROUP = 1 << 17
+_GROUP_ON_CPU = 1 << 17
+_GROUP = 1 << 26
 
 
 def cdiv(a: int, b: int) -> int:
@@ -116,14 +118,27 @@ def _counts(states: Any) -> list[Any]:
 _most_blocks = jax.jit(_counts)
 
 
-def _group(rows: int, cols: int) -> int:
-    return min(rows, max(1, _GROUP // cols))
+def _group(rows: int, cols: int, blocks: int) -> int:
+    return min(rows, max(1, blocks // cols))
 
 
 @partial(jax.jit, static_argnums=1)
 def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
+    """(counts, indices) of partial and of full blocks, and whether any row has more than fit."""
+    partial, indices, full, full_indices = jax.lax.platform_dependent(
+        states,
+        cpu=lambda states: _lists_in_groups(states, widths, _GROUP_ON_CPU),
+        default=lambda states: _lists_in_groups(states, widths, _GROUP),
+    )
+    overflow = (partial > widths[0]).any() | (full > widths[1]).any()
+    partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])
+    return partial, indices, full, full_indices, overflow
+
+
+def _lists_in_groups(states: Any, widths: tuple[int, int], blocks: int) -> Any:
+    """Lists made for groups of rows of `blocks` blocks."""
     rows, cols = states.shape
-    group = _group(rows, cols)
+    group = _group(rows, cols, blocks)
 
     def step(i: Any, lists: Any) -> Any:
         # The last group begins earlier and lists some rows again, rather than being padded.
@@ -131,58 +146,36 @@ def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
         part = jax.lax.dynamic_slice_in_dim(states, start, group)
         return [
             jax.lax.dynamic_update_slice_in_dim(old, new, start, 0)
-            for old, new in zip(lists, _compacted(part, widths), strict=True)
+            for old, new in zip(lists, _listed(part, widths), strict=True)
         ]
 
+    if group == rows:
+        return _listed(states, widths)
     lists = [jnp.zeros(s, jnp.int32) for w in widths for s in ((rows,), (rows, w))]
     lists = [_compat.like_varying(x, states) for x in lists]
-    lists = (
-        step(0, lists) if group == rows else jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
-    )
-    partial, indices, full, full_indices = lists
-    overflow = (partial > widths[0]).any() | (full > widths[1]).any()
-    partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])
-    return partial, indices, full, full_indices, overflow
+    return jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
 
 
-def _compacted(states: Any, widths: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+def _listed(states: Any, widths: tuple[int, int]) -> list[Any]:
     """(count, indices) of the partial and of the full blocks of every row.
 
-    A block's place in its list is the number of blocks of its state before it: those in the words of 32 blocks
-    before its own, summed up a row, and the set bits below its own in its word. Nothing is sorted, and one
-    scatter writes both lists, for no block is in both.
+    A block's place in its list is the number of blocks of its state before it. Nothing is sorted: every block
+    writes its own column there.
     """
     rows, cols = states.shape
-    words = cdiv(cols, 32)
-    states = jnp.pad(states, ((0, 0), (0, words * 32 - cols))).reshape(rows, words, 32)
+    by_word = by_words(states)
+    both = bits_of(jnp.stack([by_word == PARTIAL, by_word == FULL]))
     row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
-    target = jnp.broadcast_to(jnp.int32(rows * sum(widths)), states.shape)  # outside: not listed
-    counts = []
-    for state, width, offset in zip((PARTIAL, FULL), widths, (0, rows * widths[0]), strict=True):
-        listed = states == state
-        count, rank = _ranks(listed)
-        target = jnp.where(listed & (rank < width), offset + row * width + rank, target)
-        counts.append(count)
-    column = jnp.arange(words * 32, dtype=jnp.int32).reshape(1, words, 32)
-    lists = jnp.full(rows * sum(widths), cols - 1, jnp.int32)
-    lists = lists.at[target.reshape(-1)].set(
-        jnp.broadcast_to(column, target.shape).reshape(-1), mode="drop", unique_indices=True
-    )
-    partial, full = jnp.split(lists, [rows * widths[0]])
-    return counts[0], partial.reshape(rows, -1), counts[1], full.reshape(rows, -1)
-
-
-def _ranks(listed: Any) -> tuple[Any, Any]:
-    """(listed blocks in every row, listed blocks before each block of its row), of [rows, words, 32]."""
-    place = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
-    word = (listed.astype(jnp.uint32) << place).sum(-1, dtype=jnp.uint32)
-    ends = jnp.cumsum(_bit_count(word), -1, dtype=jnp.int32)
-    before = (ends - _bit_count(word))[..., None]
-    return ends[:, -1], before + _bit_count(word[..., None] & ((np.uint32(1) << place) - 1))
-
-
-def _bit_count(words: Any) -> Any:
-    return jax.lax.population_count(words).astype(jnp.int32)
+    column = jnp.arange(by_word.shape[1] * WORD, dtype=jnp.int32).reshape(1, -1, WORD)
+    column = jnp.broadcast_to(column, by_word.shape)
+    # Past the list: not listed.
+    place = jnp.where(both.members(), both.ranks(), cols)
+    made = []
+    for which, width in enumerate(widths):
+        indices = jnp.full((rows, width), cols - 1, jnp.int32)
+        indices = indices.at[row, place[which]].set(column, mode="drop", unique_indices=True)
+        made += [both.counts[which], indices]
+    return made
 
 
 def _lists_on_host(states: np.ndarray, widths: tuple[int, int]) -> tuple[Any, ...]:
@@ -192,7 +185,7 @@ def _lists_on_host(states: np.ndarray, widths: tuple[int, int]) -> tuple[Any, ..
     for state, width in zip((PARTIAL, FULL), widths, strict=True):
         counts = np.empty(rows, np.int32)
         indices = np.full((rows, width), cols - 1, np.int32)
-        group = _group(rows, cols)
+        group = _group(rows, cols, _GROUP_ON_CPU)
         for start in range(0, rows, group):
             part = slice(start, start + group)
             row, col = np.nonzero(states[part] == state)

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry, cdiv
+from flexjax.block_bits import bits_of, by_words, members_of
+from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry
 from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.evaluate import evaluate, evaluate_numpy
 from flexjax.mods.graph import Graph
@@ -40,9 +41,6 @@ _OPAQUE_POSITIONS = 1 << 18
 
 # Blocks are numbered in int32: more of them are taken one head at a time.
 _NUMBERED_BLOCKS = 1 << 30
-
-# Open blocks are found by counting them in segments of this many.
-_SEGMENT = 64
 
 # The host takes groups of rows of at most this many blocks, which stay in its caches.
 _HOST_BLOCKS = 1 << 17
@@ -200,15 +198,14 @@ def _by_element(
     size = math.prod(states.shape)
     positions = _CHUNK_POSITIONS if graph.opaque is None else _OPAQUE_POSITIONS
     chunk = min(size, max(1, positions // (geometry.q_block * geometry.kv_block)))
-    work = _WorkList(states.reshape(-1))
+    rows = states.reshape(-1, geometry.cols)
+    work = members_of(bits_of(by_words(rows) == OPEN))
 
     def evaluated(states: jax.Array, first: Any) -> jax.Array:
-        block, listed = work.take(first, chunk)
-        row = block // geometry.cols
+        number = first + jnp.arange(chunk, dtype=jnp.int32)
+        row, col = work.position(number)
         head = row // geometry.rows
-        q, kv, real_q, real_kv = _positions(
-            geometry, row % geometry.rows, block % geometry.cols, jnp
-        )
+        q, kv, real_q, real_kv = _positions(geometry, row % geometry.rows, col, jnp)
         inputs = {
             "b": b[head // h.shape[0]][:, None, None],
             "h": h[head % h.shape[0]][:, None, None],
@@ -218,46 +215,15 @@ def _by_element(
         (allowed,) = evaluate(graph, captures, inputs)
         allowed = jnp.broadcast_to(allowed, (chunk, geometry.q_block, geometry.kv_block))
         found = _summary(allowed, real_q, real_kv, jnp)
-        place = jnp.where(listed, block, size)
-        return states.at[place].set(found, mode="drop", unique_indices=True)
+        col = jnp.where(number < work.count, col, geometry.cols)
+        return states.at[row, col].set(found, mode="drop", unique_indices=True)
 
     def step(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         first, states = carry
         return first + chunk, evaluated(states, first)
 
-    _, flat = jax.lax.while_loop(
-        lambda carry: carry[0] < work.count, step, (jnp.int32(0), states.reshape(-1))
-    )
-    return flat.reshape(states.shape)
-
-
-class _WorkList:
-    """The open blocks among `states`, found on demand without ever listing all of them.
-
-    Counts of segments are summed up once; the n-th open block is then looked for in its segment only.
-    """
-
-    def __init__(self, states: Any):
-        self.size = states.shape[0]
-        segments = cdiv(self.size, _SEGMENT)
-        padded = jnp.pad(states, (0, segments * _SEGMENT - self.size))
-        self.segments = padded.reshape(segments, _SEGMENT)
-        # Summed in eight bits: the CPU would write down every term of a wider sum.
-        counts = (self.segments == OPEN).sum(1, dtype=jnp.uint8)
-        self.ends = jnp.cumsum(counts, dtype=jnp.int32)
-        self.count = self.ends[-1]
-
-    def take(self, first: Any, count: int) -> tuple[Any, Any]:
-        """(positions of the open blocks from number `first` on, which of the `count` exist)."""
-        number = first + jnp.arange(count, dtype=jnp.int32)
-        segment = jnp.searchsorted(self.ends, number, side="right").astype(jnp.int32)
-        segment = jnp.minimum(segment, self.segments.shape[0] - 1)
-        inside = self.segments[segment] == OPEN
-        before = self.ends[segment] - inside.sum(1, dtype=jnp.int32)
-        rank = jnp.cumsum(inside, 1, dtype=jnp.int32)
-        offset = jnp.argmax(rank == (number - before + 1)[:, None], 1).astype(jnp.int32)
-        position = jnp.minimum(segment * _SEGMENT + offset, self.size - 1)
-        return position, number < self.count
+    _, rows = jax.lax.while_loop(lambda carry: carry[0] < work.count, step, (jnp.int32(0), rows))
+    return rows.reshape(states.shape)
 
 
 def _by_element_on_host(

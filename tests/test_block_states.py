@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from flexjax import block_states as module
 from flexjax import masks
+from flexjax.block_bits import bits_of, by_words, members_of
 from flexjax.block_lists import OPEN, Geometry, lists_from_states, states_from_lists
 from flexjax.block_states import block_states, block_states_on_host
 from flexjax.mods.evaluate import evaluate_numpy
@@ -100,16 +101,18 @@ def test_work_is_taken_in_chunks_and_heads_one_by_one(monkeypatch):
 
 
 @settings(max_examples=8)
-@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 64), st.integers(0, 9))
-def test_work_list_finds_every_open_block_once(size, density, count, seed):
-    states = np.random.default_rng(seed).random(size) < density
-    work = module._WorkList(jnp.where(jnp.asarray(states), OPEN, np.int8(1)))
-    found = []
-    for first in range(0, size, count):
-        position, exists = work.take(jnp.int32(first), count)
-        found += np.asarray(position)[np.asarray(exists)].tolist()
-    assert found == np.flatnonzero(states).tolist()
-    assert int(work.count) == states.sum()
+@given(st.integers(1, 9), st.integers(1, 130), st.floats(0, 1), st.integers(0, 9))
+def test_members_are_found_by_their_number(rows, cols, density, seed):
+    blocks = np.random.default_rng(seed).random((rows, cols)) < density
+    bits = bits_of(by_words(jnp.asarray(blocks)))
+    np.testing.assert_array_equal(bits.counts, blocks.sum(1))
+    ranks = np.asarray(bits.ranks()).reshape(rows, -1)[:, :cols]
+    np.testing.assert_array_equal(ranks, blocks.cumsum(1) - blocks)
+    members = members_of(bits)
+    assert int(members.count) == blocks.sum()
+    found = members.position(jnp.arange(rows * cols, dtype=jnp.int32))
+    for place, expected in zip(found, np.nonzero(blocks), strict=True):
+        np.testing.assert_array_equal(place[: expected.size], expected)
 
 
 @settings(max_examples=15)

@@ -10,6 +10,7 @@ so; along others the extremes of the whole axis are taken, which is sound, and r
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from jax import lax
 
 # A sparse table of more elements is built over chunks of the array instead of single elements.
 _SMALL_TABLE = 1 << 16
+
+
+Ends = tuple[Any, Any]  # (smallest, largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,47 +51,54 @@ def bounded_load(array: Any, indices: Sequence[Index], xp: Any) -> tuple[Any, An
     """
     boolean = array.dtype == np.bool_
     ordered = array.astype(np.int8) if boolean else array
-    low, high = _extreme(ordered, indices, xp, "min"), _extreme(ordered, indices, xp, "max")
+    low, high = _extremes((ordered, ordered), indices, xp)
     return (low != 0, high != 0) if boolean else (low, high)
 
 
-def _extreme(array: Any, indices: Sequence[Index], xp: Any, which: str) -> Any:
+def _extremes(ends: Ends, indices: Sequence[Index], xp: Any) -> Ends:
     rank = max(np.ndim(i.first) for i in indices)
     where: list[Any] = []
     ranged: int | None = None
     for axis, index in enumerate(indices):
         if index.step is not None:
             tokens, block, grid_axis = index.step
-            array = _by_chunks(_leading(array, axis, tokens), axis, block, xp, which)
+            low, high = ends
+            ends = _leading(low, axis, tokens), _leading(high, axis, tokens)
+            ends = _by_chunks(ends, axis, block, xp)
             shape = [1] * rank
             shape[grid_axis] = -1
-            where.append(xp.arange(array.shape[axis], dtype=np.int32).reshape(shape))
+            where.append(xp.arange(ends[0].shape[axis], dtype=np.int32).reshape(shape))
         elif index.exact:
-            where.append(xp.clip(index.first, 0, array.shape[axis] - 1))
+            where.append(xp.clip(index.first, 0, ends[0].shape[axis] - 1))
         elif ranged is None:
             ranged = axis
             where.append(None)
         else:
-            array = getattr(xp, which)(array, axis=axis, keepdims=True)
+            low, high = ends
+            ends = low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True)
             where.append(xp.asarray(0, np.int32))
     if ranged is None:
-        return array[tuple(where)]
-    limit = array.shape[ranged] - 1
+        low, high = ends
+        return low[tuple(where)], high[tuple(where)]
+    shape = ends[0].shape
+    limit = shape[ranged] - 1
     first, last = (xp.clip(i, 0, limit) for i in (indices[ranged].first, indices[ranged].last))
-    chunk = _chunk(array.shape, ranged)
-    levels = _sparse_table(_by_chunks(array, ranged, chunk, xp, which), ranged, xp, which)
+    chunk = _chunk(shape, ranged)
+    tables = _sparse_tables(_by_chunks(ends, ranged, chunk, xp), ranged, xp)
     first, last = first // chunk, last // chunk
     # Bounds of an index that may wrap around are those of its dtype, so the range is never empty.
     level = _floor_log2(last - first + 1, xp)
-    ends = []
-    for start in (first, last - (xp.ones_like(level) << level) + 1):
+
+    def read(start: Any) -> Ends:
         where[ranged] = start
-        ends.append(levels[(level, *where)])
-    return _pick(*ends, xp=xp, which=which)
+        low, high = (table[(level, *where)] for table in tables)
+        return low, high
+
+    return _wider(read(first), read(last - (xp.ones_like(level) << level) + 1), xp)
 
 
-def _pick(x: Any, y: Any, xp: Any, which: str) -> Any:
-    return (xp.minimum if which == "min" else xp.maximum)(x, y)
+def _wider(x: Ends, y: Ends, xp: Any) -> Ends:
+    return xp.minimum(x[0], y[0]), xp.maximum(x[1], y[1])
 
 
 def _leading(array: Any, axis: int, count: int) -> Any:
@@ -95,18 +106,21 @@ def _leading(array: Any, axis: int, count: int) -> Any:
     return array[(slice(None),) * axis + (slice(0, count),)]
 
 
-def _by_chunks(array: Any, axis: int, chunk: int, xp: Any, which: str) -> Any:
+def _by_chunks(ends: Ends, axis: int, chunk: int, xp: Any) -> Ends:
     """The extremes of consecutive chunks along an axis; the last chunk may be shorter."""
+
+    def split(array: Any) -> Any:
+        length = array.shape[axis]
+        count = -(-length // chunk)
+        if count * chunk != length:
+            padding = [(0, 0)] * array.ndim
+            padding[axis] = (0, count * chunk - length)
+            array = xp.pad(array, padding, mode="edge")
+        return array.reshape(*array.shape[:axis], count, chunk, *array.shape[axis + 1 :])
+
     if chunk == 1:
-        return array
-    length = array.shape[axis]
-    count = -(-length // chunk)
-    if count * chunk != length:
-        padding = [(0, 0)] * array.ndim
-        padding[axis] = (0, count * chunk - length)
-        array = xp.pad(array, padding, mode="edge")
-    split = array.reshape(*array.shape[:axis], count, chunk, *array.shape[axis + 1 :])
-    return getattr(xp, which)(split, axis=axis + 1)
+        return ends
+    return split(ends[0]).min(axis=axis + 1), split(ends[1]).max(axis=axis + 1)
 
 
 def _chunk(shape: Sequence[int], axis: int) -> int:
@@ -117,15 +131,23 @@ def _chunk(shape: Sequence[int], axis: int) -> int:
     return 1 << (2 * levels).bit_length()
 
 
-def _sparse_table(array: Any, axis: int, xp: Any, which: str) -> Any:
+def _sparse_tables(ends: Ends, axis: int, xp: Any) -> Ends:
     """[level, *array]: the extremes of 2^level elements beginning at each, as far as there are so many."""
-    length = array.shape[axis]
-    levels, reach = [array], 1
-    while 2 * reach <= length:
-        ahead = np.minimum(np.arange(length) + reach, length - 1)
-        levels.append(_pick(levels[-1], xp.take(levels[-1], ahead, axis=axis), xp, which))
-        reach *= 2
-    return xp.stack(levels)
+    length = ends[0].shape[axis]
+    reaches = np.int32(1) << np.arange(length.bit_length() - 1, dtype=np.int32)
+
+    def doubled(ends: Ends, reach: Any) -> Ends:
+        ahead = xp.minimum(xp.arange(length, dtype=np.int32) + reach, length - 1)
+        low, high = ends
+        return _wider(ends, (xp.take(low, ahead, axis=axis), xp.take(high, ahead, axis=axis)), xp)
+
+    if xp is np:
+        low, high = zip(*itertools.accumulate(reaches, doubled, initial=ends), strict=True)
+        return np.stack(low), np.stack(high)
+    # One body for all levels. Unrolled, XLA would fuse them, and find each element of level k from 2^k elements.
+    last, levels = lax.scan(lambda ends, reach: (doubled(ends, reach), ends), ends, reaches)
+    low, high = (xp.concatenate([x, y[None]]) for x, y in zip(levels, last, strict=True))
+    return low, high
 
 
 def _floor_log2(x: Any, xp: Any) -> Any:
