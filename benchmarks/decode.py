@@ -143,6 +143,7 @@ def _keys(step: DecodeStep) -> Row:
         "lengths": None if even and step.lengths[0] == step.capacity else list(step.lengths),
         "window": step.window if step.variant == "sliding_window" else None,
         "page": step.page,
+        "placement": step.placement if step.page and step.placement != "random" else None,
         "dtype": "bfloat16",
         "layout": "BHLD",
     }
@@ -154,6 +155,7 @@ def line(row: Row, rows: list[Row]) -> str:
         "" if "B" not in row else f"B{row['B']} {row['Hq']}/{row['Hkv']} S{row['S']} L{row['L']}"
     )
     extra = "".join(f" {k} {row[k]}" for k in ("page", "window") if k in row)
+    extra += f" {row['placement']}" if "placement" in row else ""
     extra += f" {max(row['lengths'])} to {min(row['lengths'])}" if "lengths" in row else ""
     start = f"{row['variant']:<14} {sizes}{extra:<18} {row['peer']:<12}"
     if "failure" in row:

@@ -27,6 +27,8 @@ class DecodeStep:
         lengths: tokens of every sequence.
         q_len: queries.
         page: tokens of a page; None for a contiguous cache.
+        placement: of pages in their pool: `random`; `in order`, as a fresh `PagedCache` gives them to prompts; or
+            `in turns`, as it gives them to sequences that grow together.
         window: of `sliding_window`.
     """
 
@@ -37,6 +39,7 @@ class DecodeStep:
     lengths: tuple[int, ...]
     q_len: int = 1
     page: int | None = None
+    placement: str = "random"
     window: int = 1023  # keys before the query's own
     dim: int = 128
 
@@ -68,7 +71,7 @@ class DecodeStep:
         parts = [f"B{self.batch} {self.q_heads}/{self.kv_heads} S{text}"]
         parts += [f"L{self.q_len}"] if self.q_len > 1 else []
         parts += [f"of {self.capacity}"] if self.capacity > lengths[-1] else []
-        parts += [f"page {self.page}"] if self.page else []
+        parts += [f"page {self.page} {self.placement}"] if self.page else []
         return " ".join([*parts, self.variant])
 
     def shrunk(self) -> DecodeStep:
@@ -105,6 +108,11 @@ def _with(step: DecodeStep, **lists: tuple[Any, ...]) -> tuple[DecodeStep, ...]:
     return tuple(dataclasses.replace(step, **{name: value}) for value in values)
 
 
+def _placed(step: DecodeStep) -> tuple[DecodeStep, ...]:
+    pages = _with(step, page=(128, 64, 16))
+    return step, *(x for page in pages for x in _with(page, placement=("in order", "in turns")))
+
+
 _PAGED = DecodeStep("causal", 32, 8, 16384, (16384,) * 8)
 _LONG = 131072
 GROUPS = {
@@ -113,6 +121,7 @@ GROUPS = {
         Group("b8_gqa", _mods(8, 32, 8, 32768), peers=True),
         Group("b32_gqa", _mods(32, 32, 8, 4096), peers=True),
         Group("paged", _with(_PAGED, page=(None, 128, 64, 16))),
+        Group("placed", _placed(_PAGED)),
         Group(
             "queries",
             _with(DecodeStep("causal", 32, 8, 32768, (32768,) * 8), q_len=(1, 4, 16)),
@@ -176,13 +185,23 @@ def contiguous(step: DecodeStep) -> tuple[Any, Any]:
     return cache_arrays(step.batch, step.kv_heads, step.capacity, step.dim)
 
 
+def _order(step: DecodeStep, count: int) -> np.ndarray:
+    """The numbers of the pages of all sequences, one after another."""
+    pages = np.arange(count, dtype=np.int32)
+    if step.placement == "in order":
+        return pages
+    if step.placement == "in turns":
+        return pages.reshape(-1, step.batch).T.reshape(-1)
+    return np.random.default_rng(0).permutation(pages)
+
+
 def paged(step: DecodeStep) -> Pages:
-    """The same keys and values in pages that lie in random order."""
+    """The same keys and values in pages."""
     page = step.page
     assert page is not None, "only paged steps have pages"
     per_row = step.capacity // page
     count = step.batch * per_row
-    order = np.random.default_rng(0).permutation(count).astype(np.int32)
+    order = _order(step, count)
     source = jnp.asarray(np.argsort(order).astype(np.int32))
 
     @jax.jit

@@ -26,6 +26,7 @@ KEYS = (
     "window",  # of sliding_window
     "lengths",  # of a cache's sequences, where they do not fill it
     "page",
+    "placement",  # of pages in their pool, where it is not random
     "top_k",  # pages attended to beside the first and the newest
     "dtype",
     "layout",

@@ -90,6 +90,7 @@ def _name(row: dict[str, Any]) -> str:
     if "D" not in row:
         return f"S{row['S']}"
     page = f", pages of {row['page']}" if "page" in row else ""
+    page += f" {row['placement']}" if "placement" in row else ""
     return shape_name(row) + page + _lengths(row)
 
 

@@ -64,6 +64,7 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
     panels: dict[str, Values] = {}
     for row in sorted(chosen, key=_size):
         page = f"\npage {row['page']}" if "page" in row else ""
+        page += f"\n{row['placement']}" if "placement" in row else ""
         more = f" L{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
         more += f"\nto {min(row['lengths'])}" if "lengths" in row else ""
         more += f"\n{_layers(row)} layers" if _layers(row) else ""
@@ -74,7 +75,8 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
 
 def _size(row: dict[str, Any]) -> tuple[Any, ...]:
     names = ("variant", "S", "B", "Hq", "Hkv", "L", "D", "page", "window")
-    return *(row.get(name) or 0 for name in names), _layers(row), tuple(row.get("lengths", ()))
+    texts = row.get("placement", ""), tuple(row.get("lengths", ()))
+    return *(row.get(name) or 0 for name in names), _layers(row), *texts
 
 
 def _layers(row: dict[str, Any]) -> int:

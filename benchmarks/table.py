@@ -18,7 +18,7 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 def case_key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows of the same attention share."""
-    names = ("dtype", "B", "Hq", "Hkv", "L", "S", "D", "window", "page")
+    names = ("dtype", "B", "Hq", "Hkv", "L", "S", "D", "window", "page", "placement")
     lengths = tuple(row.get("lengths", ()))  # of sequences in caches, where they differ
     return row["suite"], row["variant"], *(row.get(name) for name in names), lengths
 

@@ -476,5 +476,6 @@ class Consumer:
         plgpu.commit_smem()
         first = column.tile * self.kernel.config.kv_tile + self._first_key
         head = column.h * self.kernel.schedule.shares + column.share
+        head = column.h * self.kernel.schedule.shares + column.share
         where = rows(problem, target, column.b, head, first, WARPGROUP_ROWS, *columns)
         plgpu.copy_smem_to_gmem(staged, where)
