@@ -20,6 +20,7 @@ from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.builder import Builder
 from flexjax.mods.evaluate import evaluate_numpy
 from flexjax.mods.ops import COMPARISONS
+from flexjax.mods.range_queries import _sparse_tables
 from flexjax.mods.regions import Exact, Regions, bounds, node_bounds
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 
@@ -362,3 +363,17 @@ def test_ranges_of_large_arrays_are_bounded_by_chunks():
         check(geometry, graph, [values], found)
     true, possible = bounds(graph, [values], regions, np)
     assert (true | ~possible).mean() > 0.5
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 70])
+def test_tables_of_ranges_hold_the_extremes(length):
+    array = np.random.default_rng(length).standard_normal((2, length, 3)).astype(np.float32)
+    array[1, length // 2, 0] = np.nan
+    for xp in (np, jnp):
+        low, high = _sparse_tables((array, array), 1, xp)
+        assert low.shape == high.shape == (length.bit_length(), 2, length, 3)
+        for level, first in itertools.product(range(low.shape[0]), range(length)):
+            part = array[:, first : first + 2**level]
+            if part.shape[1] == 2**level:
+                np.testing.assert_array_equal(low[level, :, first], part.min(1))
+                np.testing.assert_array_equal(high[level, :, first], part.max(1))
