@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from flexjax.block_lists import Geometry
+from flexjax.block_lists import FULL, Geometry
+from flexjax.block_states import block_states
 from flexjax.mods import bound_rules
 from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.builder import Builder
@@ -377,3 +378,22 @@ def test_tables_of_ranges_hold_the_extremes(length):
             if part.shape[1] == 2**level:
                 np.testing.assert_array_equal(low[level, :, first], part.min(1))
                 np.testing.assert_array_equal(high[level, :, first], part.max(1))
+
+
+def test_a_number_that_is_none_is_seen_in_any_reduction():
+    """XLA's minimum over an axis that is not the last passed over NaN on a CPU."""
+    table = np.ones((96, 3), np.float32)
+    table[40, 1] = np.nan
+    captured = jnp.asarray(table)
+    for mod in (
+        lambda b, h, q, k: captured[q, b] > 0,
+        lambda b, h, q, k: captured[q - k + 48, b] > 0,
+        lambda b, h, q, k: captured[q + k, k // 40] > 0,
+    ):
+        geometry = Geometry(48, 48, 16, 16)
+        graph, captures = trace_mask_mod(mod, index_ranges(3, 1, 48, 48))
+        found = np.broadcast_to(block_states(graph, captures, geometry, 3, 1), (3, 1, 3, 3))
+        b, h, q, k = np.ogrid[:3, :1, :48, :48]
+        (dense,) = evaluate_numpy(graph, [table], {"b": b, "h": h, "q": q, "kv": k})
+        dense = np.broadcast_to(dense, (3, 1, 48, 48)).reshape(3, 1, 3, 16, 3, 16)
+        np.testing.assert_array_equal(found == FULL, dense.all((3, 5)))
