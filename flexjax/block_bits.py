@@ -8,7 +8,6 @@ have to be compiled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +17,9 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 WORD = 32
 
-# Up to this many terms are summed up one by one: n^2 additions in one kernel, of which a parallel prefix sum has
-# two for every factor of 16.
-_FEW_TERMS = 1 << 13
+# Sums of up to this many terms in all are computed one by one, in one kernel; a parallel prefix sum is two kernels
+# for every factor of 16.
+_FEW_TERMS = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,82 +28,106 @@ class Bits:
 
     Attributes:
         words: block c of a row is bit c % 32 of word c // 32.
-        before: members of the row in the words before each.
-        counts: members of the row.
+        sums: members of the row in its first 0, 1, ..., all words.
     """
 
     words: UInt32[Array, "*rows words"]
-    before: Int32[Array, "*rows words"]
-    counts: Int32[Array, "*rows"]
+    sums: Int32[Array, "*rows words+1"]
+
+    @property
+    def counts(self) -> Int32[Array, "*rows"]:
+        """Members of every row."""
+        return self.sums[..., -1]
 
     def members(self) -> Bool[Array, "*rows words 32"]:
-        """Which blocks are members; what asks needs only the words, an eighth of the states in size."""
-        return (self.words[..., None] >> _places(self.words.ndim)) & np.uint32(1) != 0
+        """Which blocks are members."""
+        return (self.words[..., None] >> _places(self.words.ndim + 1)) & np.uint32(1) != 0
 
     def ranks(self) -> Int32[Array, "*rows words 32"]:
         """How many members precede each block in its row."""
-        below = (np.uint32(1) << _places(self.words.ndim)) - np.uint32(1)
-        return self.before[..., None] + _bit_count(self.words[..., None] & below)
+        below = (np.uint32(1) << _places(self.words.ndim + 1)) - np.uint32(1)
+        return self.sums[..., :-1, None] + _bit_count(self.words[..., None] & below)
 
 
-def by_words(x: Any) -> Any:
-    """[..., cols] as [..., words, 32]; zeros follow the last column."""
-    padding = -x.shape[-1] % WORD
-    if padding:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    return x.reshape(*x.shape[:-1], -1, WORD)
+def bits_of(members: Bool[Array, "*rows r c"], of_columns: bool = False) -> Bits:
+    """The set that holds these blocks.
 
-
-def bits_of(members: Bool[Array, "*rows words 32"]) -> Bits:
-    words = members.astype(jnp.uint32) << _places(members.ndim - 1)
-    words = words.sum(-1, dtype=jnp.uint32)
-    ends = jnp.cumsum(_bit_count(words), -1, dtype=jnp.int32)
-    return Bits(words, ends - _bit_count(words), ends[..., -1])
+    Args:
+        members: bool [..., R, C].
+        of_columns: whether columns of blocks are the set's rows. Its words are then gathered down the columns and
+            turned over, so that XLA need not write down the blocks themselves turned over.
+    """
+    axis = members.ndim - 2 if of_columns else members.ndim - 1
+    padding = [(0, 0)] * members.ndim
+    padding[axis] = (0, -members.shape[axis] % WORD)
+    if padding[axis][1]:
+        members = jnp.pad(members, padding)
+    shape = members.shape
+    bits = members.reshape(*shape[:axis], -1, WORD, *shape[axis + 1 :]).astype(jnp.uint32)
+    words = (bits << _places(bits.ndim, axis + 1)).sum(axis + 1, dtype=jnp.uint32)
+    words = words.swapaxes(-1, -2) if of_columns else words
+    return Bits(words, _sums(_bit_count(words)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Members:
-    """The members of a set, numbered row after row.
+class Numbered:
+    """A set whose members are numbered row after row.
 
     Attributes:
-        bits: the set, of one axis of rows.
-        starts: members in the rows before each.
-        count: members of all rows.
+        bits: the set.
+        sums: members of its first 0, 1, ..., all rows.
     """
 
     bits: Bits
-    starts: Int32[Array, " rows"]
-    count: Int32[Array, ""]
+    sums: Int32[Array, " rows+1"]
 
-    def position(self, number: Int32[Array, "*n"]) -> tuple[Any, Any]:
-        """(row, column) of members by number; some position of the mask where there is no such member."""
-        words, before = self.bits.words, self.bits.before
-        row = (self.starts[None] <= number[:, None]).sum(1, dtype=jnp.int32) - 1
-        rank = number - self.starts[row]
-        word = (before[row] <= rank[:, None]).sum(1, dtype=jnp.int32) - 1
-        bit = _set_bit(words[row, word], rank - before[row, word])
-        return row, word * WORD + bit
+    @property
+    def count(self) -> Int32[Array, ""]:
+        """Members of all rows."""
+        return self.sums[-1]
 
+    def place(self, number: Int32[Array, " n"]) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+        """(row, column) of members by number.
 
-def members_of(bits: Bits) -> Members:
-    ends = _running_sums(bits.counts)
-    return Members(bits, ends - bits.counts, ends[-1])
-
-
-def _running_sums(x: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    if x.size > _FEW_TERMS:
-        return jnp.cumsum(x, dtype=jnp.int32)
-    place = jnp.arange(x.size, dtype=jnp.int32)
-    return jnp.where(place[None] <= place[:, None], x[None], 0).sum(1, dtype=jnp.int32)
+        A number that no member has yields an existing row, and a column that may lie beyond the last.
+        """
+        words, sums = self.bits.words, self.bits.sums
+        row = _last_at_most(self.sums[None], number)
+        rank = number - self.sums[row]
+        word = _last_at_most(sums[row], rank)
+        return row, word * WORD + _set_bit(words[row, word], rank - sums[row, word])
 
 
-def _last_at_most(read: Callable[[Any], Any], length: int, value: Any) -> Any:
-    """The last i below `length` with read(i) <= value, of ascending values the first of which is 0."""
-    found = jnp.zeros_like(value)
-    for power in reversed(range((length - 1).bit_length())):
-        ahead = jnp.minimum(found + (1 << power), length - 1)
-        found = jnp.where(read(ahead) <= value, ahead, found)
-    return found
+def numbered(bits: Bits) -> Numbered:
+    """The members of a set with one axis of rows by their number."""
+    return Numbered(bits, _sums(bits.counts))
+
+
+def _sums(x: Int32[Array, "*rows n"]) -> Int32[Array, "*rows n+1"]:
+    """Sums of the first 0, 1, ..., n terms."""
+    if x.size * x.shape[-1] > _FEW_TERMS:
+        return _sums_in_parallel(x)
+    # A CPU would write all the terms down.
+    return jax.lax.platform_dependent(x, cpu=_sums_in_parallel, default=_sums_one_by_one)
+
+
+def _sums_in_parallel(x: Any) -> Any:
+    sums = jnp.cumsum(x, -1, dtype=jnp.int32)
+    return jnp.pad(sums, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
+
+
+def _sums_one_by_one(x: Any) -> Any:
+    length = x.shape[-1]
+    place = jnp.arange(length + 1, dtype=jnp.int32)
+    summed = place[None, :-1] < place[:, None]
+    summed = jnp.broadcast_to(summed, (*x.shape[:-1], length + 1, length))
+    return jnp.where(summed, x[..., None, :], 0).sum(-1, dtype=jnp.int32)
+
+
+def _last_at_most(sums: Int32[Array, "#n m+1"], value: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """The last i < m with sums[:, i] <= value, found by comparing with all of them."""
+    found = (sums <= value[:, None]).sum(1, dtype=jnp.int32) - 1
+    return jnp.minimum(found, sums.shape[1] - 2)
 
 
 def _set_bit(word: Any, rank: Any) -> Any:
@@ -119,9 +142,11 @@ def _set_bit(word: Any, rank: Any) -> Any:
     return found
 
 
-def _places(axes: int) -> UInt32[Array, "*axes 32"]:
-    """The bits of a word, along an axis after `axes` others."""
-    return jnp.arange(WORD, dtype=jnp.uint32).reshape((1,) * axes + (WORD,))
+def _places(rank: int, axis: int = -1) -> UInt32[np.ndarray, "..."]:
+    """The bits of a word along one axis of an array of this rank."""
+    shape = [1] * rank
+    shape[axis] = WORD
+    return np.arange(WORD, dtype=np.uint32).reshape(shape)
 
 
 def _bit_count(words: Any) -> Any:

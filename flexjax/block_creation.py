@@ -259,19 +259,21 @@ def _from_states(
     """
     xp = np if isinstance(states, np.ndarray) else jnp
 
-    def lists_of(states: Any, limit: int | None) -> tuple[list[Any], Any]:
-        cols = states.shape[-1]
+    def lists_of(of_columns: bool) -> tuple[list[Any], Any]:
+        limit, cols = limits[of_columns], states.shape[-2 if of_columns else -1]
         widths = (cols if limit is None else min(limit, cols),) * 2
-        lists = lists_from_states(states, _fitting(states) if compact else widths)
+        if compact:
+            widths = _fitting(states.swapaxes(-1, -2) if of_columns else states)
+        lists = lists_from_states(states, widths, of_columns)
         # Batch rows and heads that the mask does not distinguish share the work, not the arrays.
         lead = states.shape[:2] if shape is None else shape
         wide = [xp.broadcast_to(x, (*lead, *x.shape[2:])) for x in lists.arrays]
         return wide, lists.overflow
 
-    rows, overflow = lists_of(states, limits[0])
+    rows, overflow = lists_of(False)
     columns = None
     if compute_q_blocks:
-        columns, more = lists_of(states.swapaxes(-1, -2), limits[1])
+        columns, more = lists_of(True)
         overflow = overflow | more
     return assemble(rows, columns, geometry, graph, captures, overflow if flagged else None)
 

@@ -5,7 +5,7 @@ that hold an allowed position are listed: *partial* ones, where mask_mod decides
 from *full* ones, where every position is allowed. The backward pass walks the transposes: for every column,
 its rows.
 
-Beside the lists themselves nothing here is larger than a byte a block, and a few megabytes.
+Beside the lists themselves nothing here is larger than a byte a block, and a few megabytes: `block_bits`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Int8, Int32
 
 from flexjax import _compat
-from flexjax.block_bits import WORD, bits_of, by_words
+from flexjax.block_bits import WORD, Bits, bits_of
 
 # States of a block. OPEN: not settled yet.
 EMPTY, PARTIAL, FULL, OPEN = np.int8(0), np.int8(1), np.int8(2), np.int8(3)
 
-# Lists are made for groups of rows of at most this many blocks, whose intermediate results take a few megabytes.
-_GROUP_ON_CPU = 1 << 17
+# Lists are made for groups of rows of at most this many blocks. Elsewhere than on a CPU XLA fuses all of it, and
+# writes down a quarter of a byte a block; on a CPU some words a block, which stay in its caches.
 _GROUP = 1 << 26
+_GROUP_ON_CPU = 1 << 17
 
 
 def cdiv(a: int, b: int) -> int:
@@ -82,7 +83,9 @@ class Lists:
 
 
 def lists_from_states(
-    states: Int8[Any, "*rows cols"], widths: tuple[int, int] | None = None
+    states: Int8[Any, "*rows cols"],
+    widths: tuple[int, int] | None = None,
+    of_columns: bool = False,
 ) -> Lists:
     """Lists of the partial and full blocks of every row, from states as `block_states` gives them.
 
@@ -90,11 +93,15 @@ def lists_from_states(
         states: 0 for an empty block, 1 for a partial and 2 for a full one. A NumPy array gives NumPy lists.
         widths: entries a row for partial and for full blocks; all columns if None. Of a row that has more the
             first ones are kept.
+        of_columns: make those of every column instead, [..., cols, width] of rows.
     """
-    *lead, cols = states.shape
+    *lead, cols = states.swapaxes(-1, -2).shape if of_columns else states.shape
     widths = (cols, cols) if widths is None else widths
-    flat = states.reshape(-1, cols)
-    made = _lists_on_host(flat, widths) if isinstance(states, np.ndarray) else _lists(flat, widths)
+    if isinstance(states, np.ndarray):
+        turned = states.swapaxes(-1, -2) if of_columns else states
+        made = _lists_on_host(turned.reshape(-1, cols), widths)
+    else:
+        made = _lists(states, widths, of_columns)
     counts, indices, full_counts, full_indices, overflow = made
     return Lists(
         counts.reshape(lead),
@@ -122,23 +129,36 @@ def _group(rows: int, cols: int, blocks: int) -> int:
     return min(rows, max(1, blocks // cols))
 
 
-@partial(jax.jit, static_argnums=1)
-def _lists(states: Any, widths: tuple[int, int]) -> tuple[Any, ...]:
+@partial(jax.jit, static_argnums=(1, 2))
+def _lists(states: Any, widths: tuple[int, int], of_columns: bool) -> tuple[Any, ...]:
     """(counts, indices) of partial and of full blocks, and whether any row has more than fit."""
+    cols = states.shape[-2 if of_columns else -1]
+
+    def in_groups(states: Any, blocks: int) -> Any:
+        turned = states.swapaxes(-1, -2) if of_columns else states
+        return _lists_in_groups(turned.reshape(-1, cols), widths, blocks)
+
+    def at_once(states: Any) -> Any:
+        if states.size > _GROUP:
+            return in_groups(states, _GROUP)
+        return _listed(states, widths, of_columns)
+
     partial, indices, full, full_indices = jax.lax.platform_dependent(
-        states,
-        cpu=lambda states: _lists_in_groups(states, widths, _GROUP_ON_CPU),
-        default=lambda states: _lists_in_groups(states, widths, _GROUP),
+        states, cpu=lambda states: in_groups(states, _GROUP_ON_CPU), default=at_once
     )
+    if min(widths) >= cols:
+        return partial, indices, full, full_indices, jnp.zeros((), bool)
     overflow = (partial > widths[0]).any() | (full > widths[1]).any()
     partial, full = jnp.minimum(partial, widths[0]), jnp.minimum(full, widths[1])
     return partial, indices, full, full_indices, overflow
 
 
 def _lists_in_groups(states: Any, widths: tuple[int, int], blocks: int) -> Any:
-    """Lists made for groups of rows of `blocks` blocks."""
+    """Lists made for groups of rows of `blocks` blocks, one after the other."""
     rows, cols = states.shape
     group = _group(rows, cols, blocks)
+    if group == rows:
+        return _listed(states, widths)
 
     def step(i: Any, lists: Any) -> Any:
         # The last group begins earlier and lists some rows again, rather than being padded.
@@ -149,32 +169,31 @@ def _lists_in_groups(states: Any, widths: tuple[int, int], blocks: int) -> Any:
             for old, new in zip(lists, _listed(part, widths), strict=True)
         ]
 
-    if group == rows:
-        return _listed(states, widths)
     lists = [jnp.zeros(s, jnp.int32) for w in widths for s in ((rows,), (rows, w))]
     lists = [_compat.like_varying(x, states) for x in lists]
     return jax.lax.fori_loop(0, cdiv(rows, group), step, lists)
 
 
-def _listed(states: Any, widths: tuple[int, int]) -> list[Any]:
-    """(count, indices) of the partial and of the full blocks of every row.
+def _listed(states: Any, widths: tuple[int, int], of_columns: bool = False) -> list[Any]:
+    """(count, indices) of the partial and of the full blocks of every row, rows being one axis.
 
     A block's place in its list is the number of blocks of its state before it. Nothing is sorted: every block
     writes its own column there.
     """
-    rows, cols = states.shape
-    by_word = by_words(states)
-    both = bits_of(jnp.stack([by_word == PARTIAL, by_word == FULL]))
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
-    column = jnp.arange(by_word.shape[1] * WORD, dtype=jnp.int32).reshape(1, -1, WORD)
-    column = jnp.broadcast_to(column, by_word.shape)
-    # Past the list: not listed.
-    place = jnp.where(both.members(), both.ranks(), cols)
+    cols = states.shape[-2 if of_columns else -1]
     made = []
-    for which, width in enumerate(widths):
-        indices = jnp.full((rows, width), cols - 1, jnp.int32)
-        indices = indices.at[row, place[which]].set(column, mode="drop", unique_indices=True)
-        made += [both.counts[which], indices]
+    for state, width in zip((PARTIAL, FULL), widths, strict=True):
+        bits = bits_of(states == state, of_columns)
+        bits = Bits(*(x.reshape(-1, x.shape[-1]) for x in (bits.words, bits.sums)))
+        row, word, bit = (
+            jax.lax.broadcasted_iota(jnp.int32, (*bits.words.shape, WORD), axis)
+            for axis in range(3)
+        )
+        # Past the list: not listed.
+        place = jnp.where(bits.members(), bits.ranks(), cols)
+        indices = jnp.full((row.shape[0], width), cols - 1, jnp.int32)
+        indices = indices.at[row, place].set(word * WORD + bit, mode="drop", unique_indices=True)
+        made += [bits.counts, indices]
     return made
 
 

@@ -96,5 +96,5 @@ def row_range(part: Any, geometry: Geometry) -> tuple[Any, int, int]:
 def transposed(fields: dict[str, Any], cols: int) -> dict[str, Array]:
     """The lists of a mask's columns, from those of its rows."""
     states = states_from_lists(*(fields[name] for name in KV_LISTS), cols)
-    lists = lists_from_states(states.swapaxes(-1, -2))
+    lists = lists_from_states(states, of_columns=True)
     return dict(zip(Q_LISTS, lists.arrays, strict=True))

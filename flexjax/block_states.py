@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.block_bits import bits_of, by_words, members_of
+from flexjax.block_bits import bits_of, numbered
 from flexjax.block_lists import EMPTY, FULL, OPEN, PARTIAL, Geometry
 from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.evaluate import evaluate, evaluate_numpy
@@ -199,11 +199,11 @@ def _by_element(
     positions = _CHUNK_POSITIONS if graph.opaque is None else _OPAQUE_POSITIONS
     chunk = min(size, max(1, positions // (geometry.q_block * geometry.kv_block)))
     rows = states.reshape(-1, geometry.cols)
-    work = members_of(bits_of(by_words(rows) == OPEN))
+    work = numbered(bits_of(rows == OPEN))
 
     def evaluated(states: jax.Array, first: Any) -> jax.Array:
         number = first + jnp.arange(chunk, dtype=jnp.int32)
-        row, col = work.position(number)
+        row, col = work.place(number)
         head = row // geometry.rows
         q, kv, real_q, real_kv = _positions(geometry, row % geometry.rows, col, jnp)
         inputs = {

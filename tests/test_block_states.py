@@ -1,15 +1,15 @@
 """The states of blocks: proofs, witnesses and evaluation agree with looking at every position."""
 
-import hypothesis.strategies as st
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
 
+from flexjax import block_bits, block_lists, masks
 from flexjax import block_states as module
-from flexjax import masks
-from flexjax.block_bits import bits_of, by_words, members_of
+from flexjax.block_bits import bits_of, numbered
 from flexjax.block_lists import OPEN, Geometry, lists_from_states, states_from_lists
 from flexjax.block_states import block_states, block_states_on_host
 from flexjax.mods.evaluate import evaluate_numpy
@@ -100,39 +100,68 @@ def test_work_is_taken_in_chunks_and_heads_one_by_one(monkeypatch):
             np.testing.assert_array_equal(np.broadcast_to(states, expected.shape), expected)
 
 
-@settings(max_examples=8)
-@given(st.integers(1, 9), st.integers(1, 130), st.floats(0, 1), st.integers(0, 9))
-def test_members_are_found_by_their_number(rows, cols, density, seed):
-    blocks = np.random.default_rng(seed).random((rows, cols)) < density
-    bits = bits_of(by_words(jnp.asarray(blocks)))
-    np.testing.assert_array_equal(bits.counts, blocks.sum(1))
-    ranks = np.asarray(bits.ranks()).reshape(rows, -1)[:, :cols]
-    np.testing.assert_array_equal(ranks, blocks.cumsum(1) - blocks)
-    members = members_of(bits)
-    assert int(members.count) == blocks.sum()
-    found = members.position(jnp.arange(rows * cols, dtype=jnp.int32))
-    for place, expected in zip(found, np.nonzero(blocks), strict=True):
-        np.testing.assert_array_equal(place[: expected.size], expected)
+@pytest.mark.parametrize("of_columns", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 32), (9, 130)])
+def test_blocks_are_ranked_and_found_by_number(shape, of_columns):
+    rows, cols = shape
+
+    @jax.jit
+    def everything(blocks):
+        bits = bits_of(blocks, of_columns)
+        members = numbered(bits)
+        places = members.place(jnp.arange(rows * cols, dtype=jnp.int32))
+        sums = block_bits._sums_one_by_one(jnp.diff(bits.sums))
+        return (bits.counts, bits.sums), bits.members(), bits.ranks(), sums, members.count, places
+
+    for seed, density in itertools.product(range(3), (0, 0.03, 0.5, 1)):
+        blocks = np.random.default_rng(seed).random(shape) < density
+        (counts, expected_sums), members, ranks, sums, count, places = everything(
+            blocks.T if of_columns else blocks
+        )
+        for found, expected in ((members, blocks), (ranks, blocks.cumsum(1) - blocks)):
+            np.testing.assert_array_equal(found.reshape(rows, -1)[:, :cols], expected)
+        np.testing.assert_array_equal(counts, blocks.sum(1))
+        np.testing.assert_array_equal(expected_sums, sums)
+        assert count == blocks.sum()
+        for found, expected in zip(places, np.nonzero(blocks), strict=True):
+            np.testing.assert_array_equal(found[: expected.size], expected)
+        assert places[0].min() >= 0
+        assert places[0].max() < rows
+        assert places[1].min() >= 0
 
 
-@settings(max_examples=15)
-@given(
-    st.sampled_from([(1, 1), (3, 31), (2, 32), (5, 33), (4, 130)]),
-    st.sampled_from([(1, 1), (2, 7), (31, 2), (200, 200)]),
-    st.integers(0, 9),
+@pytest.mark.parametrize("of_columns", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((1, 1), (1, 1)),
+        ((3, 31), (2, 7)),
+        ((2, 32), (31, 2)),
+        ((5, 33), (33, 33)),
+        ((4, 130), (9, 80)),
+    ],
 )
-def test_lists_by_jax_and_by_numpy_are_the_same(shape, widths, seed):
-    states = np.random.default_rng(seed).integers(0, 3, (2, 1, *shape)).astype(np.int8)
-    widths = tuple(min(w, shape[1]) for w in widths)
-    host, inside = (lists_from_states(s, widths) for s in (states, jnp.asarray(states)))
-    for a, b in zip(host.arrays, inside.arrays, strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype == np.int32
-    counts = [(states == s).sum(-1) for s in (1, 2)]
-    fits = all((c <= w).all() for c, w in zip(counts, widths, strict=True))
-    assert bool(host.overflow) == bool(inside.overflow) == (not fits)
-    if fits:
-        np.testing.assert_array_equal(states_from_lists(*inside.arrays, shape[1]), states)
+def test_lists_by_jax_and_by_numpy_are_the_same(shape, widths, of_columns):
+    # As GPUs make them, which is no part of a program for a CPU.
+    at_once = jax.jit(lambda states: block_lists._listed(states, widths, of_columns))
+    for seed in range(3):
+        states = np.random.default_rng(seed).integers(0, 3, (2, 1, *shape)).astype(np.int8)
+        turned = states.swapaxes(2, 3) if of_columns else states
+        host, inside = (
+            lists_from_states(s, widths, of_columns) for s in (turned, jnp.asarray(turned))
+        )
+        for a, b in zip(host.arrays, inside.arrays, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype == np.int32
+        counts = [(states == s).sum(-1) for s in (1, 2)]
+        for a, b in zip(
+            at_once(turned), (counts[0], host.arrays[1], counts[1], host.arrays[3]), strict=True
+        ):
+            np.testing.assert_array_equal(a, np.reshape(b, a.shape))
+        fits = all((c <= w).all() for c, w in zip(counts, widths, strict=True))
+        assert bool(host.overflow) == bool(inside.overflow) == (not fits)
+        if fits:
+            np.testing.assert_array_equal(states_from_lists(*inside.arrays, shape[1]), states)
 
 
 def test_most_positions_of_usual_masks_are_never_evaluated():

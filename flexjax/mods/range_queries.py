@@ -10,7 +10,6 @@ so; along others the extremes of the whole axis are taken, which is sound, and r
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,13 @@ from typing import Any
 import numpy as np
 from jax import lax
 
+from flexjax.mods.ops import is_float
+
 # A sparse table of more elements is built over chunks of the array instead of single elements.
 _SMALL_TABLE = 1 << 16
+
+# Levels of a table that are made in one kernel, each from up to 2^5 entries of the last level before them.
+_LEVELS_AT_ONCE = 5
 
 
 Ends = tuple[Any, Any]  # (smallest, largest)
@@ -74,8 +78,8 @@ def _extremes(ends: Ends, indices: Sequence[Index], xp: Any) -> Ends:
             ranged = axis
             where.append(None)
         else:
-            low, high = ends
-            ends = low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True)
+            low, high = _reduced(ends, axis, xp)
+            ends = xp.expand_dims(low, axis), xp.expand_dims(high, axis)
             where.append(xp.asarray(0, np.int32))
     if ranged is None:
         low, high = ends
@@ -101,6 +105,16 @@ def _wider(x: Ends, y: Ends, xp: Any) -> Ends:
     return xp.minimum(x[0], y[0]), xp.maximum(x[1], y[1])
 
 
+def _reduced(ends: Ends, axis: int, xp: Any) -> Ends:
+    """The extremes along an axis; NaN where anything is, which XLA's reductions on a CPU may pass over."""
+    low, high = ends
+    found = low.min(axis=axis), high.max(axis=axis)
+    if not is_float(low.dtype):
+        return found
+    nan = (low != low).any(axis=axis) | (high != high).any(axis=axis)
+    return xp.where(nan, np.float32(np.nan), found[0]), xp.where(nan, np.float32(np.nan), found[1])
+
+
 def _leading(array: Any, axis: int, count: int) -> Any:
     """The first `count` elements along an axis, all that an index below `count` can reach."""
     return array[(slice(None),) * axis + (slice(0, count),)]
@@ -120,7 +134,7 @@ def _by_chunks(ends: Ends, axis: int, chunk: int, xp: Any) -> Ends:
 
     if chunk == 1:
         return ends
-    return split(ends[0]).min(axis=axis + 1), split(ends[1]).max(axis=axis + 1)
+    return _reduced((split(ends[0]), split(ends[1])), axis + 1, xp)
 
 
 def _chunk(shape: Sequence[int], axis: int) -> int:
@@ -132,22 +146,30 @@ def _chunk(shape: Sequence[int], axis: int) -> int:
 
 
 def _sparse_tables(ends: Ends, axis: int, xp: Any) -> Ends:
-    """[level, *array]: the extremes of 2^level elements beginning at each, as far as there are so many."""
+    """[level, *array]: the extremes of 2^level elements beginning at each, as far as there are so many.
+
+    A few levels at a time follow from the last one before them, of which level + k takes 2^k entries. XLA would
+    fuse a chain of single levels, and compute each entry of level k from 2^k elements.
+    """
     length = ends[0].shape[axis]
-    reaches = np.int32(1) << np.arange(length.bit_length() - 1, dtype=np.int32)
+    levels = length.bit_length() - 1
+    lows, highs = [ends[0][None]], [ends[1][None]]
+    for level in range(0, levels, _LEVELS_AT_ONCE):
+        count = min(_LEVELS_AT_ONCE, levels - level)
+        entry = xp.arange(length, dtype=np.int32)[None, :, None]
+        number = xp.arange(1 << count, dtype=np.int32)[None, None]
+        taken = number >> xp.arange(1, count + 1, dtype=np.int32)[:, None, None] == 0
+        # [level, entry, number]: those that it does not take are replaced by its first one.
+        where = xp.minimum(entry + xp.where(taken, number << level, 0), length - 1)
 
-    def doubled(ends: Ends, reach: Any) -> Ends:
-        ahead = xp.minimum(xp.arange(length, dtype=np.int32) + reach, length - 1)
-        low, high = ends
-        return _wider(ends, (xp.take(low, ahead, axis=axis), xp.take(high, ahead, axis=axis)), xp)
+        def read(last: Any, where: Any = where) -> Any:
+            found = xp.take(last, where, axis=axis)  # the axis has become three
+            return xp.moveaxis(found, axis, 0)
 
-    if xp is np:
-        low, high = zip(*itertools.accumulate(reaches, doubled, initial=ends), strict=True)
-        return np.stack(low), np.stack(high)
-    # One body for all levels. Unrolled, XLA would fuse them, and find each element of level k from 2^k elements.
-    last, levels = lax.scan(lambda ends, reach: (doubled(ends, reach), ends), ends, reaches)
-    low, high = (xp.concatenate([x, y[None]]) for x, y in zip(levels, last, strict=True))
-    return low, high
+        low, high = _reduced((read(lows[-1][-1]), read(highs[-1][-1])), axis + 2, xp)
+        lows.append(low)
+        highs.append(high)
+    return xp.concatenate(lows), xp.concatenate(highs)
 
 
 def _floor_log2(x: Any, xp: Any) -> Any:

@@ -21,6 +21,7 @@ from tests.mosaic_gpu.aot import (
     DECODE_VARIANTS,
     HEADS,
     LENGTH,
+    MASKS,
     REQUIREMENTS,
     VARIANTS,
 )
@@ -114,3 +115,15 @@ def test_machine_code(group, name):
     options = GROUPS[group][name][1]
     assert result["temporary_bytes"] <= _temporary_bytes_allowed(group, options)
     assert result["spilled"] <= SPILL_BUDGETS.get(name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("masks")
+def test_block_masks():
+    """Little memory beside the lists; no level of a table of ranges is computed from all elements."""
+    compiled = _compiled(*MASKS)
+    for result in compiled.values():
+        assert result["temporary_bytes"] < 0.15 * result["output_bytes"]
+    causal, document = (compiled[name]["compile_cpu_s"] for name in MASKS)
+    assert document < 2.2 * causal  # 1.5; it was 3 times
