@@ -10,6 +10,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from flexjax import _compat
 from flexjax.problem import BLHD, Problem
 
 
@@ -61,6 +62,8 @@ def launch(
     out_leaves, out_tree = jax.tree.flatten(outputs)
 
     def kernel(*refs: Any) -> None:
+        if not interpret:
+            plgpu.inline_mgpu()(lambda _: _compat.name_dumps(name))()
         n_in, n_out = len(leaves), len(out_leaves)
         body(
             jax.tree.unflatten(tree, refs[:n_in]),
