@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from jax.experimental import hijax
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 # -- jaxprs -----------------------------------------------------------------------------------------
 
@@ -204,6 +206,23 @@ def like_varying(x: Any, *references: Any) -> Any:
 
 def _varying_axes(x: Any) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying
+
+
+# -- kernels ----------------------------------------------------------------------------------------
+
+
+def name_dumps(name: str) -> None:
+    """Names what Mosaic GPU writes of the kernel that is being emitted, were it asked to write anything.
+
+    Mosaic itself numbers them within the process, and the number is part of the kernel. JAX's caches of compiled
+    kernels, in memory and on disk, would then know a kernel in the same program only.
+    """
+    if any(variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ):
+        return
+    operation = ir.InsertionPoint.current.block.owner
+    while operation.parent is not None:
+        operation = operation.parent
+    operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
 
 
 # -- choosing by platform ---------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """jax.jit: the same numbers, and one compilation for one shape."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -122,3 +124,21 @@ def test_nothing_keeps_jit_from_its_fast_path(function):
     jitted(*args)
     with jax.no_tracing():  # an error wherever a call reaches Python
         jitted(*args)
+
+
+def test_equal_layers_are_in_a_program_once():
+    """However many layers there are, their kernels are traced, lowered and compiled once."""
+    query, key, value, bias, ids = operands()
+    layers = 3
+    block_mask = create_block_mask(masked(ids), B, None, L, S, BLOCK)
+
+    def loss(query):
+        for layer in range(layers):
+            out = flex_attention(query, key, value, scored(bias * layer), block_mask)
+            query = query + out.sum(-1, keepdims=True)
+        return query.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(query).as_text()
+    for name in ("_run_forward", "_run_backward"):
+        assert len(re.findall(rf"func\.func private @{name}\w*\(", text)) == 1
+        assert len(re.findall(rf"call @{name}\w*\(", text)) == layers

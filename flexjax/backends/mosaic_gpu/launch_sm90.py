@@ -11,6 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from flexjax import _compat
 from flexjax.problem import BLHD, Problem
 
 
@@ -62,6 +63,8 @@ def launch(
     out_leaves, out_tree = jax.tree.flatten(outputs)
 
     def kernel(*refs: Any) -> None:
+        if not interpret:
+            plgpu.inline_mgpu()(lambda _: _compat.name_dumps(name))()
         n_in, n_out = len(leaves), len(out_leaves)
         body(
             jax.tree.unflatten(tree, refs[:n_in]),

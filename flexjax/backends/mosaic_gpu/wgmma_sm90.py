@@ -143,14 +143,14 @@ def _emit(columns: int, left: _Factor | None, right: _Factor, _: Any, *given: An
     lines = [
         "{ .reg .pred p; .reg .b32 t; .reg .b64 x, y; setp.eq.b32 p, 0, 0; wgmma.fence.sync.aligned;"
     ]
-    *start_a, start_b = take(addresses, "r")
+    starts = take(addresses, "r")
     words = take(_words(a), "r") if left is None else []
     for step in range(right.depth // _DEPTH):
         first = "{" + ", ".join(words[4 * step : 4 * step + 4]) + "}"
         if left is not None:
             first = "x"
-            lines.append(left.descriptor("x", *start_a, step))
-        lines.append(right.descriptor("y", start_b, step))
+            lines.append(left.descriptor("x", starts[0], step))
+        lines.append(right.descriptor("y", starts[-1], step))
         lines.append(
             f"{name} {results}, {first}, y, p, 1, 1, {transpose_a}{int(right.along_rows)};"
         )
