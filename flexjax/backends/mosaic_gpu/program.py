@@ -320,7 +320,11 @@ class Run:
         if node.op not in ("add", "sub") or node.dtype != F32:
             return None
         operands = [self.graph.nodes[a] for a in node.args]
-        products = [i for i, o in enumerate(operands) if o.op == "mul" and o.rank == node.rank]
+        products = [
+            i
+            for i, (a, o) in enumerate(zip(node.args, operands, strict=True))
+            if o.op == "mul" and (o.rank == node.rank or self._only_added(a, node))
+        ]
         if not products:
             return None
         number = products[0]
@@ -332,6 +336,12 @@ class Run:
             return lanes.call("fma", -x if negate_product else x, y, -z if negate_other else z)
 
         return (*operands[number].args, node.args[1 - number]), emit
+
+    def _only_added(self, position: int, node: Node) -> bool:
+        """Whether a product by key, of which a thread holds half as many as scores, serves this sum alone."""
+        uses = [n for n in self.graph.nodes if position in n.args]
+        by_key = self.graph.nodes[position].rank == COLUMN and node.rank == TILE
+        return by_key and uses == [node] and position not in self.graph.outputs
 
     # -- arithmetic on forms --------------------------------------------------------------------
 

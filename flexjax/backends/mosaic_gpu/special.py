@@ -74,6 +74,22 @@ def _log(x: Lane) -> Lane:
     return call("log2.approx", x) * math.log(2)
 
 
+def _log1p(x: Lane) -> Lane:
+    # Near 0, where the logarithm's error is absolute, a series: the relative error is below 2**-17 everywhere.
+    near = lanes.const(1 / 5, F32)
+    for coefficient in (-1 / 4, 1 / 3, -1 / 2, 1.0):
+        near = call("fma", near, x, lanes.const(coefficient, F32))
+    return select(call("abs", x) < 0.0625, near * x, _log(x + 1.0))
+
+
+def _expm1(x: Lane) -> Lane:
+    # The same for the difference from 1.
+    near = lanes.const(1 / 120, F32)
+    for coefficient in (1 / 24, 1 / 6, 1 / 2, 1.0):
+        near = call("fma", near, x, lanes.const(coefficient, F32))
+    return select(call("abs", x) < 0.125, near * x, _exp(x) - 1.0)
+
+
 def _reduced_angle(x: Lane) -> Lane:
     # Without this the instruction's own reduction loses |x| 2**-24 radians. 2 pi in three parts (Cody and
     # Waite) keeps the error below 2**-20 for |x| up to 2**17.
@@ -91,6 +107,8 @@ _APPROXIMATE: dict[str, Callable[[Lane], Lane]] = {
     "exp": _exp,
     "exp2": _exp2,
     "log": _log,
+    "log1p": _log1p,
+    "expm1": _expm1,
     "tanh": lambda x: call("tanh.approx", x),
     "sqrt": lambda x: call("sqrt.approx", x),
     "rsqrt": lambda x: call("rsqrt.approx", x),
