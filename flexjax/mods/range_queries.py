@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jax import lax
 
+from flexjax.mods.ops import is_float
+
 # A sparse table of more elements is built over chunks of the array instead of single elements.
 _SMALL_TABLE = 1 << 16
 
@@ -76,8 +78,8 @@ def _extremes(ends: Ends, indices: Sequence[Index], xp: Any) -> Ends:
             ranged = axis
             where.append(None)
         else:
-            low, high = ends
-            ends = low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True)
+            low, high = _reduced(ends, axis, xp)
+            ends = xp.expand_dims(low, axis), xp.expand_dims(high, axis)
             where.append(xp.asarray(0, np.int32))
     if ranged is None:
         low, high = ends
@@ -103,6 +105,16 @@ def _wider(x: Ends, y: Ends, xp: Any) -> Ends:
     return xp.minimum(x[0], y[0]), xp.maximum(x[1], y[1])
 
 
+def _reduced(ends: Ends, axis: int, xp: Any) -> Ends:
+    """The extremes along an axis; NaN where anything is, which XLA's reductions on a CPU may pass over."""
+    low, high = ends
+    found = low.min(axis=axis), high.max(axis=axis)
+    if not is_float(low.dtype):
+        return found
+    nan = (low != low).any(axis=axis) | (high != high).any(axis=axis)
+    return xp.where(nan, np.float32(np.nan), found[0]), xp.where(nan, np.float32(np.nan), found[1])
+
+
 def _leading(array: Any, axis: int, count: int) -> Any:
     """The first `count` elements along an axis, all that an index below `count` can reach."""
     return array[(slice(None),) * axis + (slice(0, count),)]
@@ -122,7 +134,7 @@ def _by_chunks(ends: Ends, axis: int, chunk: int, xp: Any) -> Ends:
 
     if chunk == 1:
         return ends
-    return split(ends[0]).min(axis=axis + 1), split(ends[1]).max(axis=axis + 1)
+    return _reduced((split(ends[0]), split(ends[1])), axis + 1, xp)
 
 
 def _chunk(shape: Sequence[int], axis: int) -> int:
@@ -154,8 +166,9 @@ def _sparse_tables(ends: Ends, axis: int, xp: Any) -> Ends:
             found = xp.take(last, where, axis=axis)  # the axis has become three
             return xp.moveaxis(found, axis, 0)
 
-        lows.append(read(lows[-1][-1]).min(axis=axis + 2))
-        highs.append(read(highs[-1][-1]).max(axis=axis + 2))
+        low, high = _reduced((read(lows[-1][-1]), read(highs[-1][-1])), axis + 2, xp)
+        lows.append(low)
+        highs.append(high)
     return xp.concatenate(lows), xp.concatenate(highs)
 
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from flexjax.block_lists import Geometry
+from flexjax.block_lists import FULL, Geometry
+from flexjax.block_states import block_states
 from flexjax.mods import bound_rules
 from flexjax.mods.bound_rules import Bounds
 from flexjax.mods.builder import Builder
 from flexjax.mods.evaluate import evaluate_numpy
 from flexjax.mods.ops import COMPARISONS
+from flexjax.mods.range_queries import _sparse_tables
 from flexjax.mods.regions import Exact, Regions, bounds, node_bounds
 from flexjax.mods.trace import index_ranges, trace_mask_mod
 
@@ -362,3 +364,36 @@ def test_ranges_of_large_arrays_are_bounded_by_chunks():
         check(geometry, graph, [values], found)
     true, possible = bounds(graph, [values], regions, np)
     assert (true | ~possible).mean() > 0.5
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 70])
+def test_tables_of_ranges_hold_the_extremes(length):
+    array = np.random.default_rng(length).standard_normal((2, length, 3)).astype(np.float32)
+    array[1, length // 2, 0] = np.nan
+    for xp in (np, jnp):
+        low, high = _sparse_tables((array, array), 1, xp)
+        assert low.shape == high.shape == (length.bit_length(), 2, length, 3)
+        for level, first in itertools.product(range(low.shape[0]), range(length)):
+            part = array[:, first : first + 2**level]
+            if part.shape[1] == 2**level:
+                np.testing.assert_array_equal(low[level, :, first], part.min(1))
+                np.testing.assert_array_equal(high[level, :, first], part.max(1))
+
+
+def test_a_number_that_is_none_is_seen_in_any_reduction():
+    """XLA's minimum over an axis that is not the last passed over NaN on a CPU."""
+    table = np.ones((96, 3), np.float32)
+    table[40, 1] = np.nan
+    captured = jnp.asarray(table)
+    for mod in (
+        lambda b, h, q, k: captured[q, b] > 0,
+        lambda b, h, q, k: captured[q - k + 48, b] > 0,
+        lambda b, h, q, k: captured[q + k, k // 40] > 0,
+    ):
+        geometry = Geometry(48, 48, 16, 16)
+        graph, captures = trace_mask_mod(mod, index_ranges(3, 1, 48, 48))
+        found = np.broadcast_to(block_states(graph, captures, geometry, 3, 1), (3, 1, 3, 3))
+        b, h, q, k = np.ogrid[:3, :1, :48, :48]
+        (dense,) = evaluate_numpy(graph, [table], {"b": b, "h": h, "q": q, "kv": k})
+        dense = np.broadcast_to(dense, (3, 1, 48, 48)).reshape(3, 1, 3, 16, 3, 16)
+        np.testing.assert_array_equal(found == FULL, dense.all((3, 5)))

@@ -121,7 +121,7 @@ def test_machine_code(group, name):
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("masks")
 def test_block_masks():
-    """Little memory beside the lists; a table of ranges is no kernel that computes each level from all elements."""
+    """Little memory beside the lists; no level of a table of ranges is computed from all elements."""
     compiled = _compiled(*MASKS)
     for result in compiled.values():
         assert result["temporary_bytes"] < 0.15 * result["output_bytes"]
