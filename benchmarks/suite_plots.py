@@ -65,11 +65,12 @@ def _bars(rows: Rows, key: str, label: str, title: str) -> Any:
     for row in sorted(chosen, key=_size):
         page = f"\npage {row['page']}" if "page" in row else ""
         page += f"\n{row['placement']}" if "placement" in row else ""
-        more = f" L{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
+        more = f"\nL{row['L']}" if row["L"] > 1 and row["L"] != row["S"] else ""
         more += f"\nto {min(row['lengths'])}" if "lengths" in row else ""
         more += f"\n{_layers(row)} layers" if _layers(row) else ""
         group = f"B{row['B']} {row['Hq']}/{row['Hkv']}\nS{row['S']}{page}{more}"
-        panels.setdefault(row["variant"], {}).setdefault(group, {})[row["peer"]] = row[key], None
+        panel = f"{row['variant']}, from pages" if page else row["variant"]
+        panels.setdefault(panel, {}).setdefault(group, {})[row["peer"]] = row[key], None
     return panels_of_bars(chosen, list(panels.items()), label, title)
 
 
