@@ -144,6 +144,9 @@ LENGTHS = [
     GradientCase("cross_907_1003", q_len=907, kv_len=1003, mask=masks.causal(96), heads=2, dim=128),
     GradientCase("cross_1003_333", q_len=1003, kv_len=333, heads=2, cotangents_of_lse=True),
     GradientCase("many_tiles", q_len=2048, mask=causal, batch=2, heads=10, dim=32),
+    GradientCase("many_tiles_empty_columns", q_len=2048, mask=empty_columns, batch=2, heads=10),
+    GradientCase("many_tiles_gqa", q_len=1100, mask=masks.sliding_window(300), batch=2, heads=40, kv_heads=20,
+                 cotangents_of_lse=True),
 ]  # fmt: skip
 
 HEADS = [

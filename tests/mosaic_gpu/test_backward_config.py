@@ -1,0 +1,74 @@
+"""What the heuristics choose for the backward kernels, and options that they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexjax import create_block_mask, masks
+from flexjax.backends.mosaic_gpu import backward_config
+from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
+from tests.mosaic_gpu.problems import problem_of
+
+IDS = np.repeat(np.arange(4, dtype=np.int32), 512)
+
+
+def document(b, h, q_idx, kv_idx):
+    return jnp.asarray(IDS)[q_idx] == jnp.asarray(IDS)[kv_idx]
+
+
+def choose(dim, mask=None, heads=16, kv_heads=None, **options):
+    query = jax.ShapeDtypeStruct((2, heads, 2048, dim), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((2, kv_heads or heads, 2048, dim), jnp.bfloat16)
+    blocks = None if mask is None else create_block_mask(mask, None, None, 2048, 2048)
+    problem = problem_of(query, key, key, block_mask=blocks, options=options)[0]
+    return problem, backward_config.choose(problem)
+
+
+@pytest.mark.parametrize(
+    ("dim", "mask", "persistent", "rolling"),
+    [
+        (64, masks.causal(), True, False),
+        (64, None, False, False),
+        (128, masks.causal(), False, True),
+        (128, None, False, True),
+        (256, masks.causal(), False, False),
+    ],
+)
+def test_kinds_of_kernels(dim, mask, persistent, rolling):
+    """Narrow heads with a block mask get the persistent grid; full steps of others roll."""
+    problem, config = choose(dim, mask)
+    assert (config.persistent, config.rolling) == (persistent, rolling)
+    columns = ColumnSchedule(problem, config).columns
+    assert ColumnSchedule(problem, config).ctas == (config.cores if persistent else columns)
+
+
+def test_persistent_is_an_option():
+    assert not choose(64, masks.causal(), backward_persistent=False)[1].persistent
+    assert choose(128, masks.causal(), backward_persistent=True)[1].persistent
+    for options in ({"deterministic": True}, {"backward_warpgroups": 1}):
+        with pytest.raises(NotImplementedError, match="backward_persistent takes two warpgroups"):
+            choose(64, masks.causal(), backward_persistent=True, **options)
+
+
+def _order(dim, mask, **sizes):
+    """Batch row, head, tile and share of each column, in the order of the grid."""
+    problem, config = choose(dim, mask, **sizes)
+    schedule = ColumnSchedule(problem, config)
+    columns = jax.vmap(schedule.column)(jnp.arange(schedule.columns))
+    return schedule, list(zip(*(x.tolist() for x in columns[:4]), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 6}, {"heads": 8, "kv_heads": 2}])
+def test_every_column_once(sizes):
+    schedule, order = _order(128, document, **sizes)
+    assert len(set(order)) == len(order) == 2 * sizes.get("kv_heads", 6) * schedule.shares * 16
+
+
+def test_heads_alternate_longer_where_lengths_are_data():
+    """How many columns pass before a head's second tile of keys."""
+    distances = []
+    for mask in (masks.causal(), document):
+        _, order = _order(128, mask, heads=48)
+        distances.append(next(i for i, column in enumerate(order) if column[2] == 1))
+    assert distances[1] == 4 * distances[0]
