@@ -212,10 +212,11 @@ def _varying_axes(x: Any) -> frozenset[Any]:
 
 
 def name_dumps(name: str) -> None:
-    """Names what Mosaic GPU writes of the kernel that is being emitted, were it asked to write anything.
+    """Puts a name in the place of the number that Mosaic GPU gives the kernel that is being emitted.
 
-    Mosaic itself numbers them within the process, and the number is part of the kernel. JAX's caches of compiled
-    kernels, in memory and on disk, would then know a kernel in the same program only.
+    It names what Mosaic writes of the kernel if it is asked to, which keeps the number then. Kernels are numbered
+    within the process, and the number is part of the kernel: JAX's caches of compiled kernels, in memory and on
+    disk, would know a kernel in the same program only.
     """
     if any(variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ):
         return

@@ -43,6 +43,25 @@ def test_kinds_of_kernels(dim, mask, persistent, rolling):
     assert ColumnSchedule(problem, config).ctas == (config.cores if persistent else columns)
 
 
+def test_steps_do_not_roll_where_a_warpgroup_has_no_share_of_dq():
+    """Heads of 16 numbers have one share; that of the other warpgroup is empty."""
+    array = lambda dim: jax.ShapeDtypeStruct((1, 1, 512, dim), jnp.bfloat16)
+    config = backward_config.choose(problem_of(array(16), array(16), array(128))[0])
+    assert config.order == "dq_first"
+    assert not config.rolling
+
+
+def test_shares():
+    """Few columns are shared out, by what divides the query heads that read them."""
+    few, many = (choose(128, masks.causal(), heads=n, kv_heads=k)[1] for n, k in ((8, 1), (64, 32)))
+    assert (few.shares, many.shares) == (8, 1)
+    assert choose(128, heads=8, kv_heads=1, backward_shares=2)[1].shares == 2
+    assert choose(128, heads=8, kv_heads=1, deterministic=True)[1].shares == 1
+    for options in ({}, {"deterministic": True}):
+        with pytest.raises(NotImplementedError, match="backward_shares divides"):
+            choose(128, heads=8, kv_heads=1, backward_shares=3, **options)
+
+
 def test_persistent_is_an_option():
     assert not choose(64, masks.causal(), backward_persistent=False)[1].persistent
     assert choose(128, masks.causal(), backward_persistent=True)[1].persistent

@@ -219,13 +219,40 @@ CAPTURES = [
                  batch=2, heads=2, mask=causal, kv_heads=1),
 ]  # fmt: skip
 
-# Without a mask and with whole tiles of keys, steps overlap.
+# Full steps overlap.
 OVERLAPPED = [
     GradientCase("overlapped_d128", q_len=300, kv_len=768, heads=4, kv_heads=2, batch=2, dim=128),
     GradientCase("overlapped_one_step", q_len=64, kv_len=128, dim=128),
     GradientCase("overlapped_d96_blhd", q_len=640, heads=2, dim=96, layout="BLHD", cotangents_of_lse=True),
     GradientCase("overlapped_dense_bias", score=everything, captures=random((2,), (2, 384), (2, 384), (800,)),
                  q_len=384, batch=2, heads=2, kv_heads=1, dim=128),
+]  # fmt: skip
+
+WHOLE = {"backward_shares": 1}
+# Small problems have few columns, which are shared out unless they are told not to be.
+SEVERAL_ROWS = [
+    GradientCase("rows_gqa_6_2_d128", heads=6, kv_heads=2, q_len=300, dim=128, options=WHOLE),
+    GradientCase("rows_causal_d128", heads=4, kv_heads=2, q_len=300, mask=causal, dim=128, options=WHOLE),
+    GradientCase("rows_kv_batch_1", batch=3, kv_batch=1, heads=2, q_len=200, mask=causal, dim=128, options=WHOLE),
+    GradientCase("rows_mqa_4_1", heads=4, kv_heads=1, q_len=200, mask=causal, batch=2, options=WHOLE),
+    GradientCase("rows_blhd_odd", layout="BLHD", heads=4, kv_heads=2, batch=2, q_len=203, kv_len=333, dim=128,
+                 options=WHOLE),
+    GradientCase("rows_d256", dim=256, q_len=203, kv_len=333, heads=4, kv_heads=2, layout="BLHD", options=WHOLE),
+    GradientCase("rows_blocks_64", block=(64, 64), heads=4, kv_heads=2, q_len=500, mask=causal, options=WHOLE),
+    GradientCase("rows_everything", score=everything, captures=random((2,), (2, 290), (2, 290), (600,)), q_len=290,
+                 batch=2, heads=2, mask=causal, kv_heads=1, options=WHOLE),
+    GradientCase("rows_everything_d128", score=everything, captures=random((2,), (2, 384), (2, 384), (800,)),
+                 q_len=384, batch=2, heads=2, kv_heads=1, dim=128, options=WHOLE),
+]  # fmt: skip
+
+PERSISTENT = {"backward_persistent": True}
+# More columns than multiprocessors.
+MANY_COLUMNS = [
+    GradientCase("columns_causal_d128", q_len=1100, batch=2, heads=10, mask=causal, dim=128, options=PERSISTENT),
+    GradientCase("columns_causal_d96", q_len=1100, batch=2, heads=10, mask=causal, dim=96, options=PERSISTENT),
+    GradientCase("columns_noop_d64", q_len=1100, batch=2, heads=10, options=PERSISTENT),
+    GradientCase("columns_slopes", score=slopes, captures=random((10,)), q_len=1100, batch=2, heads=10,
+                 mask=causal, options=PERSISTENT),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -280,6 +307,8 @@ SELF_LOADING = [
     *SCORES,
     *CAPTURES,
     *OVERLAPPED,
+    *SEVERAL_ROWS,
+    *MANY_COLUMNS,
     *OPTIONS,
     *DETERMINED,
     *SELF_LOADING,
@@ -329,6 +358,18 @@ def test_unvisited_blocks_are_not_read(options):
         mosaic_gpu.backward(problem, o, result, d_out, d_lse) for o in (operands, poisoned)
     )
     _equal(clean, other)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_batch_row_spoils_no_other(dim):
+    """CTAs that take a column of one batch row after that of another leave nothing of it behind."""
+    case = GradientCase("spoiled_row", q_len=1100, batch=2, heads=10, mask=causal, dim=dim)
+    problem, operands, *others = case.inputs(backward_persistent=True)
+    spoiled = dataclasses.replace(operands, key=operands.key.at[1].set(jnp.nan))
+    clean, other = (mosaic_gpu.backward(problem, x, *others) for x in (operands, spoiled))
+    for name in ("query", "key", "value"):
+        a, b = (np.asarray(getattr(x, name)[0], np.float64) for x in (clean, other))
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -87,7 +87,7 @@ class Consumer:
         def take(state: Any) -> Any:
             """A column: its number, how many steps and how many columns came before."""
             mine, begin, turn = map(uniform, state)
-            column = kernel.schedule.column(mine, turn)
+            column = kernel.schedule.column(mine, turn, begin)
             end, dk, dv = self._sums_of(column, begin)
             plgpu.barrier_arrive(free)
             self._store_aside(column, dk, dv)
@@ -475,7 +475,6 @@ class Consumer:
         staged[...] = x.astype(problem.q_dtype)
         plgpu.commit_smem()
         first = column.tile * self.kernel.config.kv_tile + self._first_key
-        head = column.h * self.kernel.schedule.shares + column.share
         head = column.h * self.kernel.schedule.shares + column.share
         where = rows(problem, target, column.b, head, first, WARPGROUP_ROWS, *columns)
         plgpu.copy_smem_to_gmem(staged, where)

@@ -121,8 +121,9 @@ class DeferredConsumer(Consumer):
             plgpu.barrier_arrive(buffers.d_out_free.at[stage])
             return result
 
-        # Before the first step dS is zero, and may be added anywhere.
-        self._add_dq_of(jnp.maximum(number - 1, 0), self._with_dq(product), column)
+        # Before the first step dS is zero, and is added to that step's own queries: keys may not be finite.
+        before = jnp.maximum(number - 1, column.begin)
+        self._add_dq_of(before, self._with_dq(product), column)
         plgpu.barrier_arrive(buffers.ds_full)
         if not self._dk_first:
             plgpu.wgmma_wait(0)

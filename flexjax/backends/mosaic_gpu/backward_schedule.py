@@ -15,7 +15,6 @@ first and the last ones that run are short ones of all these heads.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu.backward_config import BackwardConfig, padded_dim
-from flexjax.backends.mosaic_gpu.config import CORES
 from flexjax.backends.mosaic_gpu.schedule import moved_inside
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
@@ -32,9 +30,6 @@ from flexjax.problem import Problem
 # Bytes of dQ that the heads whose columns run at once may have together, where columns wait for each other: a
 # third of the second-level cache.
 SUMS_TOGETHER = 16 << 20
-# Where fewer columns than this a multiprocessor are left, each is shared out. Measured: from
-# half a column 3.2 times faster, from one 1.2 to 1.4 times; from four slower by a tenth.
-COLUMNS = 2
 
 
 class Column(NamedTuple):
@@ -45,6 +40,7 @@ class Column(NamedTuple):
         tile: number of the tile of keys.
         share: of the queries' rows.
         turn: how many columns the CTA had before.
+        begin: number of the first step.
     """
 
     b: Any
@@ -52,6 +48,7 @@ class Column(NamedTuple):
     tile: Any
     share: Any
     turn: Any
+    begin: Any
 
 
 class Steps(NamedTuple):
@@ -99,15 +96,10 @@ class ColumnSchedule:
         """Heads of keys, each as often as its queries are shared out."""
         return self.problem.kv_batch * self.problem.kv_heads * self.shares
 
-    @functools.cached_property
+    @property
     def shares(self) -> int:
         """Parts into which the batch rows and query heads of a column are divided, each for a CTA of its own."""
-        rows = self.problem.batch // self.problem.kv_batch * self.problem.group
-        whole = self.problem.kv_batch * self.problem.kv_heads * self.kv_tiles
-        if self.config.ordered:
-            return 1
-        enough = (n for n in range(1, rows) if rows % n == 0 and n * whole >= COLUMNS * CORES)
-        return next(enough, rows)
+        return self.config.shares
 
     @property
     def keys_overhang(self) -> bool:
@@ -142,7 +134,7 @@ class ColumnSchedule:
         the last columns to run are then the last ones of many heads, and nobody waits for a long one.
         Columns that wait for each other should be few of any head: then more heads, as far as the cache allows.
         """
-        filling = 1 << max(0, round(math.log2(CORES / self.kv_tiles)))
+        filling = 1 << max(0, round(math.log2(self.config.cores / self.kv_tiles)))
         if not self.config.ordered:
             return filling * (4 if self._lengths_by_data else 1)
         sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
@@ -152,7 +144,7 @@ class ColumnSchedule:
     def ctas(self) -> int:
         return min(self.columns, self.config.cores) if self.config.persistent else self.columns
 
-    def column(self, number: Any, turn: Any = 0) -> Column:
+    def column(self, number: Any, turn: Any = 0, begin: Any = 0) -> Column:
         heads = jnp.int32(self.problem.kv_heads)
         together = self._heads_together
         group = lax.div(number, jnp.int32(together * self.kv_tiles))
@@ -162,7 +154,7 @@ class ColumnSchedule:
         inside = number - first * self.kv_tiles
         head, tile = first + lax.rem(inside, size), lax.div(inside, size)
         share, head = lax.rem(head, jnp.int32(self.shares)), lax.div(head, jnp.int32(self.shares))
-        return Column(lax.div(head, heads), lax.rem(head, heads), tile, share, turn)
+        return Column(lax.div(head, heads), lax.rem(head, heads), tile, share, turn, begin)
 
     def row(self, column: Column, number: Any) -> tuple[Any, Any]:
         """Batch row and query head of one of the `rows` that a column visits."""

@@ -19,7 +19,9 @@ With wide tiles of queries the dQ of a step is left to the next one (backward_de
 global memory are in an order of their own (dq_tiles.py).
 
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
-rows, that share keys are walked over one after another, so that their sum costs nothing. Heads wider than 128
+rows, that share keys are walked over one after another, so that their sum costs nothing; where that leaves part of
+the machine without a column, by several CTAs, whose sums, rounded to the keys' dtype, are added up by XLA. With a
+block mask and heads of at most 64, CTAs are persistent and take one column after the other. Heads wider than 128
 need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
 D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that
 itself, and two CTAs share a multiprocessor.
@@ -28,7 +30,7 @@ dQ is thus added up in an order that changes from run to run. For the determinis
 producer adds the shares in the order of the columns (dq_adder_sm90.py) or, where there is a block mask, dQ is left
 to a kernel of its own (dq_sm90.py). Both serve wide heads without an order, too (`backward_config._choose_dq_by`).
 
-Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer._drain`. A column
+Every barrier completion is awaited by everyone who uses the barrier, the last ones in `Producer.run`. A column
 without steps stores zeros.
 """
 
@@ -219,7 +221,7 @@ def _shared_out(shape: tuple[int, ...], q_axis: int, shares: int) -> tuple[int, 
 
 
 def _summed_shares(x: Any, q_axis: int, shares: int) -> Any:
-    """Sums over those of a head, in float32."""
+    """Sums of a head's shares, which are in the dtype of the keys; added in float32."""
     if shares == 1:
         return x
     heads = 3 - q_axis
