@@ -101,6 +101,11 @@ class Problem:
     decoding: Decoding | None = None
 
     @property
+    def mask_loads(self) -> bool:
+        """Whether the mask reads captured arrays."""
+        return self.mask is not None and any(node.op == "load" for node in self.mask.nodes)
+
+    @property
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.q_heads // self.kv_heads

@@ -351,7 +351,7 @@ class Consumer:
             plgpu.wgmma(scores, buffers.key.at[slot], buffers.query.at[stage].transpose((1, 0)))
             plgpu.barrier_wait(buffers.d_out_full.at[stage])
             plgpu.wgmma(dp, buffers.value.at[slot], buffers.d_out.at[stage].transpose((1, 0)))
-            early = masked and kernel.mask_loads
+            early = masked and kernel.problem.mask_loads  # while the products are under way
             allowed = tile.allowed(place, mask_captures) if early else None
             raw = plgpu.wgmma_accumulator_load(scores, wait_n=1)
             if scored is not None:

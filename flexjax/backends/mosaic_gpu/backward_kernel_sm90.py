@@ -148,12 +148,6 @@ class Kernel:
             interpret=config.interpret,
         )
 
-    @property
-    def mask_loads(self) -> bool:
-        """Whether the mask reads captured arrays: it is then evaluated while the products are under way."""
-        mask = self.problem.mask
-        return mask is not None and any(node.op == "load" for node in mask.nodes)
-
     def buffers(self) -> Buffers:
         config, dtype = self.config, self.problem.q_dtype
         dim, v_dim = (configs.padded_dim(d) for d in (self.problem.qk_dim, self.problem.v_dim))

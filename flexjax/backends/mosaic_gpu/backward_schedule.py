@@ -121,12 +121,6 @@ class ColumnSchedule:
         return self.problem.batch // self.problem.kv_batch * self.problem.group // self.shares
 
     @property
-    def _lengths_by_data(self) -> bool:
-        """Whether captured arrays decide how many steps a column has."""
-        mask = self.problem.mask
-        return mask is not None and any(node.op == "load" for node in mask.nodes)
-
-    @property
     def _heads_together(self) -> int:
         """Heads whose columns alternate: the power of two that comes closest to filling the machine.
 
@@ -136,7 +130,7 @@ class ColumnSchedule:
         """
         filling = 1 << max(0, round(math.log2(self.config.cores / self.kv_tiles)))
         if not self.config.ordered:
-            return filling * (4 if self._lengths_by_data else 1)
+            return filling * (4 if self.problem.mask_loads else 1)
         sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
         return max(filling, 1 << int(math.log2(max(1, SUMS_TOGETHER // sums))))
 

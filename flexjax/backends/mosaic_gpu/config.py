@@ -166,8 +166,7 @@ def _persistent(problem: Problem) -> bool:
     scheduler, which gives a free multiprocessor the next tile, then does better than tiles that are dealt out in
     advance; but it leaves start and end of every tile uncovered, which shows where heads are narrow.
     """
-    uneven = problem.mask is not None and any(node.op == "load" for node in problem.mask.nodes)
-    return not uneven or _narrow(problem)
+    return not problem.mask_loads or _narrow(problem)
 
 
 def _checked(problem: Problem, config: Config) -> Config:

@@ -208,7 +208,7 @@ class Consumer:
         if self._takes_turns:
             neighbour = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
             registers.give_turn_to(neighbour)
-        early = masked and kernel.mask_loads
+        early = masked and kernel.problem.mask_loads  # while the products are under way
         # Which rows see a key is not known in words then: rows without a reference would start over every time.
         bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None

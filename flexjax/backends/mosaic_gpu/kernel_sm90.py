@@ -110,12 +110,6 @@ class Kernel:
     def has_masked_steps(self) -> bool:
         return self.problem.mask is not None or self.schedule.overhang
 
-    @property
-    def mask_loads(self) -> bool:
-        """Whether the mask reads captured arrays: it is then evaluated while the products are under way."""
-        mask = self.problem.mask
-        return mask is not None and any(node.op == "load" for node in mask.nodes)
-
     def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
         config, dtype = self.config, self.problem.q_dtype
         n, stages, kv_tile = config.warpgroups, config.stages, config.kv_tile

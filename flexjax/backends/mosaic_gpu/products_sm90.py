@@ -1,4 +1,4 @@
-"""The two matrix products of a forward step, awaited, on the GPU and in the interpreter."""
+"""The two matrix products of a step, awaited: of decoding, and of the forward pass in the interpreter."""
 
 from __future__ import annotations
 
