@@ -29,14 +29,14 @@ def choose(dim, mask=None, heads=16, kv_heads=None, **options):
     ("dim", "mask", "persistent", "rolling"),
     [
         (64, masks.causal(), True, False),
-        (64, None, False, False),
+        (64, None, True, False),
         (128, masks.causal(), False, True),
         (128, None, False, True),
         (256, masks.causal(), False, False),
     ],
 )
 def test_kinds_of_kernels(dim, mask, persistent, rolling):
-    """Narrow heads with a block mask get the persistent grid; full steps of others roll."""
+    """Narrow heads get the persistent grid; full steps of others roll."""
     problem, config = choose(dim, mask)
     assert (config.persistent, config.rolling) == (persistent, rolling)
     columns = ColumnSchedule(problem, config).columns
@@ -49,6 +49,11 @@ def test_steps_do_not_roll_where_a_warpgroup_has_no_share_of_dq():
     config = backward_config.choose(problem_of(array(16), array(16), array(128))[0])
     assert config.order == "dq_first"
     assert not config.rolling
+
+
+def test_steps_do_not_roll_with_one_stage():
+    """The queries of the step before are handed back when those of the next one have been read."""
+    assert not choose(128, masks.causal(), backward_stages=1)[1].rolling
 
 
 def test_shares():
@@ -64,14 +69,19 @@ def test_shares():
 
 def test_persistent_is_an_option():
     assert not choose(64, masks.causal(), backward_persistent=False)[1].persistent
-    assert choose(128, masks.causal(), backward_persistent=True)[1].persistent
-    for options in ({"deterministic": True}, {"backward_warpgroups": 1}):
+    deferred = {"backward_deferred": False, "backward_persistent": True}
+    assert choose(64, masks.causal(), **deferred)[1].persistent
+    for dim, options in (
+        (64, {"deterministic": True}),
+        (64, {"backward_warpgroups": 1}),
+        (128, {}),
+    ):
         with pytest.raises(NotImplementedError, match="backward_persistent takes two warpgroups"):
-            choose(64, masks.causal(), backward_persistent=True, **options)
+            choose(dim, masks.causal(), backward_persistent=True, **options)
 
 
 def _order(dim, mask, **sizes):
-    """Batch row, head, tile and share of each column, in the order of the grid."""
+    """Batch row, head, share and tile of each column, in the order of the grid."""
     problem, config = choose(dim, mask, **sizes)
     schedule = ColumnSchedule(problem, config)
     columns = jax.vmap(schedule.column)(jnp.arange(schedule.columns))
@@ -89,5 +99,5 @@ def test_heads_alternate_longer_where_lengths_are_data():
     distances = []
     for mask in (masks.causal(), document):
         _, order = _order(128, mask, heads=48)
-        distances.append(next(i for i, column in enumerate(order) if column[2] == 1))
+        distances.append(next(i for i, column in enumerate(order) if column[3] == 1))
     assert distances[1] == 4 * distances[0]

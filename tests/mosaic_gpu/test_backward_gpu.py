@@ -248,8 +248,16 @@ SEVERAL_ROWS = [
 PERSISTENT = {"backward_persistent": True}
 # More columns than multiprocessors.
 MANY_COLUMNS = [
-    GradientCase("columns_causal_d128", q_len=1100, batch=2, heads=10, mask=causal, dim=128, options=PERSISTENT),
-    GradientCase("columns_causal_d96", q_len=1100, batch=2, heads=10, mask=causal, dim=96, options=PERSISTENT),
+    GradientCase("columns_causal_d64", q_len=1100, batch=2, heads=10, mask=causal, options=PERSISTENT),
+    GradientCase("columns_causal_d48", q_len=1100, batch=2, heads=10, mask=causal, dim=48, options=PERSISTENT),
+    GradientCase("columns_causal_d40_blhd", q_len=1100, batch=2, heads=10, kv_heads=5, mask=causal, dim=40,
+                 layout="BLHD", options=PERSISTENT),
+    GradientCase("columns_document_d32_f16", q_len=1100, batch=2, heads=10, mask=document, dim=32,
+                 dtype="float16", options=PERSISTENT),
+    GradientCase("columns_few_keys_d16", q_len=1111, kv_len=70, batch=3, heads=4, kv_heads=1, dim=16,
+                 options=PERSISTENT),
+    GradientCase("columns_empty_d64", q_len=1100, batch=2, heads=10, options=PERSISTENT,
+                 mask=lambda b, h, q, k: (q >= k) & (k // 256 % 2 == 0)),
     GradientCase("columns_noop_d64", q_len=1100, batch=2, heads=10, options=PERSISTENT),
     GradientCase("columns_slopes", score=slopes, captures=random((10,)), q_len=1100, batch=2, heads=10,
                  mask=causal, options=PERSISTENT),
@@ -360,7 +368,7 @@ def test_unvisited_blocks_are_not_read(options):
     _equal(clean, other)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [32, 64])
 def test_a_batch_row_spoils_no_other(dim):
     """CTAs that take a column of one batch row after that of another leave nothing of it behind."""
     case = GradientCase("spoiled_row", q_len=1100, batch=2, heads=10, mask=causal, dim=dim)

@@ -18,6 +18,7 @@ from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.dq_rounder_sm90 import DqRounder, count_column
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows, unknown_zero
 from flexjax.backends.mosaic_gpu.next_column import uniform
 from flexjax.backends.mosaic_gpu.registers import ROW
@@ -82,21 +83,24 @@ class Consumer:
             _, dk, dv = self._sums_of(column, jnp.int32(0))
             self._store(column, dk, dv)
             return
-        (number,), (free,) = buffers.column, buffers.key_value_free
+        (number,), (free,), (dq,) = buffers.column, buffers.key_value_free, self.inputs.dq
 
         def take(state: Any) -> Any:
-            """A column: its number, how many steps and how many columns came before."""
-            mine, begin, turn = map(uniform, state)
+            """A column: its number, how many steps and columns came before, and the head of the last of them."""
+            mine, begin, turn, before = map(uniform, state)
             column = kernel.schedule.column(mine, turn, begin)
             end, dk, dv = self._sums_of(column, begin)
             plgpu.barrier_arrive(free)
+            count_column(dq, kernel, before, end > begin)
             self._store_aside(column, dk, dv)
             plgpu.barrier_wait(buffers.key_value_full)
-            return number[0], end, turn + 1
+            return number[0], end, turn + 1, kernel.schedule.head_of(column)
 
         plgpu.barrier_wait(buffers.key_value_full)
-        start = number[0], jnp.int32(0), jnp.int32(0)
-        lax.while_loop(lambda state: state[0] >= 0, take, start)
+        start = number[0], jnp.int32(0), jnp.int32(0), jnp.int32(-1)
+        *_, last = lax.while_loop(lambda state: state[0] >= 0, take, start)
+        count_column(dq, kernel, last, False)
+        DqRounder(kernel, self.inputs, self.outputs).finish(cta, self.warpgroup)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _sums_of(self, column: Column, begin: Any) -> tuple[Any, Any, Any]:
@@ -463,18 +467,15 @@ class Consumer:
     def _store_aside(self, column: Column, dk: Any, dv: Any) -> None:
         """Writes dK and dV of a column by way of memory of their own, while the next keys and values arrive."""
         (buffer,) = self.buffers.results
-        width = buffer.shape[-1]
         for x, target in ((dv, self.outputs.dv), (dk * self.kernel.problem.scale, self.outputs.dk)):
-            for start in range(0, x.shape[1], width):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                part = lax.slice(x, (0, start), (WARPGROUP_ROWS, start + width))
-                self._store_tile(column, part, buffer, target, pl.ds(start, width))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self._store_tile(column, x, buffer, target)
 
-    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any, *columns: Any) -> None:
+    def _store_tile(self, column: Column, x: Any, buffer: Any, target: Any) -> None:
         problem, staged = self.kernel.problem, buffer.at[self._slot]
         staged[...] = x.astype(problem.q_dtype)
         plgpu.commit_smem()
         first = column.tile * self.kernel.config.kv_tile + self._first_key
         head = column.h * self.kernel.schedule.shares + column.share
-        where = rows(problem, target, column.b, head, first, WARPGROUP_ROWS, *columns)
+        where = rows(problem, target, column.b, head, first, WARPGROUP_ROWS)
         plgpu.copy_smem_to_gmem(staged, where)

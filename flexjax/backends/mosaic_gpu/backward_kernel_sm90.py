@@ -30,11 +30,11 @@ class Inputs(NamedTuple):
         lists: the transposed block lists.
         score_captures, mask_captures: what the mods read.
         dq: dQ without the scale, of the rows of `Kernel.row_of`, as dq_tiles.py has it; empty where another kernel
-            computes it. In the interpreter [tiles of keys, rows, D].
+            computes it. In the interpreter [tiles of keys, rows, D]. Persistent CTAs have counters behind it, see
+            dq_rounder_sm90.py.
         sums: one flat array for every load whose gradient is added in global memory.
         turns: int32, how many columns have added to a warpgroup's share of a tile of dQ, flat: see
             dq_adder_sm90.py; empty where columns do not wait for each other.
-        taken: int32 [1], how many columns persistent CTAs have taken beyond their first; or empty.
     """
 
     query: Any
@@ -49,15 +49,21 @@ class Inputs(NamedTuple):
     dq: tuple[Any, ...]
     sums: tuple[Any, ...]
     turns: tuple[Any, ...]
-    taken: tuple[Any, ...] = ()
 
 
 class Outputs(NamedTuple):
-    """References to what the kernel writes; `key_sums` is [B, Hq, padded keys] for every load of kind KEYS."""
+    """References to what the kernel writes.
+
+    Attributes:
+        dk, dv: in the problem's layout.
+        key_sums: [B, Hq, padded keys] for every load of kind KEYS.
+        dq: in the problem's layout, of persistent CTAs; or empty.
+    """
 
     dk: Any
     dv: Any
     key_sums: tuple[Any, ...]
+    dq: tuple[Any, ...] = ()
 
 
 class Buffers(NamedTuple):
@@ -72,7 +78,7 @@ class Buffers(NamedTuple):
         ds: [2, slots, 64, q_tile].
         dq: every warpgroup's share of a tile of dQ, flat; float32.
         p: [slots, 64, q_tile] in the interpreter, or empty.
-        results: a part of dK or dV, [slots, 64, columns], or empty: they then take the place of K and V.
+        results: dK or dV, [slots, 64, D], or empty: they then take the place of K and V.
         column: int32 [2] or empty: the column's number, or -1 behind the last; and a cell of the producer's.
         key_value_full: one barrier.
         key_value_free: one barrier, or empty.
@@ -182,8 +188,8 @@ class Kernel:
     def _results(self, dtype: Any) -> tuple[Any, ...]:
         if not self.config.persistent:
             return ()
-        width = configs.result_columns(self.problem)
-        return (tiles(dtype, self.config.key_slots, WARPGROUP_ROWS, width),)
+        dim = configs.padded_dim(self.problem.qk_dim)
+        return (tiles(dtype, self.config.key_slots, WARPGROUP_ROWS, dim),)
 
     def _dq_buffer(self, part: configs.Part) -> Any:
         if self.config.interpret:
@@ -195,10 +201,24 @@ class Kernel:
         return (b * self.problem.q_heads + h) * self.schedule.padded_queries + query
 
     @property
+    def rows(self) -> int:
+        """Rows of dQ, see `row_of`."""
+        return self.problem.batch * self.problem.q_heads * self.schedule.padded_queries
+
+    @property
+    def taken(self) -> int:
+        """Where, behind the sums of dQ, it is counted how many columns persistent CTAs have taken."""
+        return self.rows * configs.padded_dim(self.problem.qk_dim)
+
+    @property
+    def finished(self) -> int:
+        """Where it is counted which columns of `schedule.heads` heads have added all that they have to dQ."""
+        return self.taken + 1
+
+    @property
     def turns(self) -> int:
         """How many shares of tiles of dQ there are."""
-        rows = self.problem.batch * self.problem.q_heads * self.schedule.padded_queries
-        return rows // self.config.q_tile * len(self.parts)
+        return self.rows // self.config.q_tile * len(self.parts)
 
     @property
     def dq_rows(self) -> int:

@@ -37,16 +37,16 @@ class Column(NamedTuple):
 
     Attributes:
         b, h: batch row and head of the keys.
-        tile: number of the tile of keys.
         share: of the queries' rows.
+        tile: number of the tile of keys.
         turn: how many columns the CTA had before.
         begin: number of the first step.
     """
 
     b: Any
     h: Any
-    tile: Any
     share: Any
+    tile: Any
     turn: Any
     begin: Any
 
@@ -89,10 +89,10 @@ class ColumnSchedule:
 
     @property
     def columns(self) -> int:
-        return self._heads * self.kv_tiles
+        return self.heads * self.kv_tiles
 
     @property
-    def _heads(self) -> int:
+    def heads(self) -> int:
         """Heads of keys, each as often as its queries are shared out."""
         return self.problem.kv_batch * self.problem.kv_heads * self.shares
 
@@ -121,16 +121,18 @@ class ColumnSchedule:
         return self.problem.batch // self.problem.kv_batch * self.problem.group // self.shares
 
     @property
-    def _heads_together(self) -> int:
+    def heads_together(self) -> int:
         """Heads whose columns alternate: the power of two that comes closest to filling the machine.
 
         Where the columns of a head come in no order of length, as those of packed documents, four times as many:
-        the last columns to run are then the last ones of many heads, and nobody waits for a long one.
+        the last columns to run are then the last ones of many heads, and nobody waits for a long one. But not in
+        persistent CTAs, which round dQ head by head, and whose columns are shorter.
         Columns that wait for each other should be few of any head: then more heads, as far as the cache allows.
         """
         filling = 1 << max(0, round(math.log2(self.config.cores / self.kv_tiles)))
         if not self.config.ordered:
-            return filling * (4 if self.problem.mask_loads else 1)
+            several = self.problem.mask_loads and not self.config.persistent
+            return filling * (4 if several else 1)
         sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
         return max(filling, 1 << int(math.log2(max(1, SUMS_TOGETHER // sums))))
 
@@ -139,23 +141,40 @@ class ColumnSchedule:
         return min(self.columns, self.config.cores) if self.config.persistent else self.columns
 
     def column(self, number: Any, turn: Any = 0, begin: Any = 0) -> Column:
-        heads = jnp.int32(self.problem.kv_heads)
-        together = self._heads_together
+        together = self.heads_together
         group = lax.div(number, jnp.int32(together * self.kv_tiles))
         first = group * together
         # The last group may be smaller.
-        size = jnp.minimum(self._heads - first, together)
+        size = jnp.minimum(self.heads - first, together)
         inside = number - first * self.kv_tiles
         head, tile = first + lax.rem(inside, size), lax.div(inside, size)
-        share, head = lax.rem(head, jnp.int32(self.shares)), lax.div(head, jnp.int32(self.shares))
-        return Column(lax.div(head, heads), lax.rem(head, heads), tile, share, turn, begin)
+        return Column(*self._split(head), tile, turn, begin)
+
+    def _split(self, head: Any) -> tuple[Any, Any, Any]:
+        """(batch row, head, share) of one of the `heads`."""
+        heads, shares = jnp.int32(self.problem.kv_heads), jnp.int32(self.shares)
+        share, head = lax.rem(head, shares), lax.div(head, shares)
+        return lax.div(head, heads), lax.rem(head, heads), share
+
+    def head_of(self, column: Column) -> Any:
+        """Which of the `heads` a column is of."""
+        head = column.b * self.problem.kv_heads + column.h
+        return head * self.shares + column.share
 
     def row(self, column: Column, number: Any) -> tuple[Any, Any]:
         """Batch row and query head of one of the `rows` that a column visits."""
+        return self._row(column.b, column.h, column.share, number)
+
+    def row_of_head(self, head: Any, number: Any) -> tuple[Any, Any]:
+        """Batch row and query head of one of the `rows` that the columns of a head visit."""
+        return self._row(*self._split(head), number)
+
+    def _row(self, b: Any, h: Any, share: Any, number: Any) -> tuple[Any, Any]:
         p = self.problem
-        group, number = jnp.int32(p.group), column.share * self.rows + number
-        b = column.b * (p.batch // p.kv_batch) + lax.div(number, group)
-        return b, column.h * p.group + lax.rem(number, group)
+        group, number = jnp.int32(p.group), share * self.rows + number
+        return b * (p.batch // p.kv_batch) + lax.div(number, group), h * p.group + lax.rem(
+            number, group
+        )
 
     def inside(self, first_query: Any) -> Any:
         """Moves a step that lies wholly beyond the last query back onto queries, for the mods' indices."""

@@ -58,6 +58,7 @@ from flexjax.backends.mosaic_gpu.backward_schedule import Column, ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
 from flexjax.backends.mosaic_gpu.dq_adder_sm90 import DqAdder
+from flexjax.backends.mosaic_gpu.dq_rounder_sm90 import DqRounder
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
 from flexjax.backends.mosaic_gpu.next_column import next_column, uniform
 from flexjax.backends.mosaic_gpu.schedule import Schedule
@@ -111,13 +112,13 @@ def backward(
         tuple(map(jax.new_ref, _zero_dq(kernel))),
         tuple(jax.new_ref(_zero_sum(kernel, load)) for load in kernel.loads if load.kind != KEYS),
         (jax.new_ref(jnp.zeros((kernel.turns,), jnp.int32)),) if config.ordered else (),
-        (jax.new_ref(jnp.zeros((1,), jnp.int32)),) if config.persistent else (),
     )
     key_sums = jax.ShapeDtypeStruct((*problem.stats_shape()[:2], schedule.padded_keys), jnp.float32)
     outputs = Outputs(
         jax.ShapeDtypeStruct(_shared_out(key.shape, q_axis, schedule.shares), problem.k_dtype),
         jax.ShapeDtypeStruct(_shared_out(value.shape, q_axis, schedule.shares), problem.v_dtype),
         tuple(key_sums for load in kernel.loads if load.kind == KEYS),
+        _rounded_dq(kernel),
     )
     outputs = launch(
         "flexjax_backward",
@@ -126,13 +127,15 @@ def backward(
         outputs,
         kernel.buffers(),
         ctas=schedule.ctas,
-        warpgroups=config.warpgroups + (not config.self_loading),
+        warpgroups=config.warpgroups + (not config.self_loading) + config.persistent,
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
     loads, query_sums = kernel.loads, []
     if config.separate_dq:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
+    elif config.persistent:
+        (dq,) = outputs.dq
     else:
         dq = _finished_dq(kernel, inputs.dq[0][...])
     dq = lax.slice_in_dim(dq, 0, problem.q_len, axis=q_axis)[..., : problem.qk_dim]
@@ -229,14 +232,31 @@ def _summed_shares(x: Any, q_axis: int, shares: int) -> Any:
     return apart.sum(heads + 1, dtype=jnp.float32).astype(x.dtype)
 
 
+_COUNTERS = 1024  # places for counters are a multiple of this
+
+
 def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
-    problem, schedule = kernel.problem, kernel.schedule
+    schedule = kernel.schedule
     if not kernel.parts:
         return ()
-    rows = problem.batch * problem.q_heads * schedule.padded_queries
-    dim = configs.padded_dim(problem.qk_dim)
-    shape = (schedule.kv_tiles, rows, dim) if kernel.config.interpret else (rows * dim,)
-    return (jnp.zeros(shape, jnp.float32),)
+    dim = configs.padded_dim(kernel.problem.qk_dim)
+    if kernel.config.interpret:
+        return (jnp.zeros((schedule.kv_tiles, kernel.rows, dim), jnp.float32),)
+    counters = 1 + schedule.heads if kernel.config.persistent else 0
+    # An odd number of zeros would be written one by one.
+    counters = -(-counters // _COUNTERS) * _COUNTERS
+    return (jnp.zeros((kernel.rows * dim + counters,), jnp.float32),)
+
+
+def _rounded_dq(kernel: Kernel) -> tuple[Any, ...]:
+    """DQ in the queries' dtype and layout, where the kernel rounds it."""
+    problem = kernel.problem
+    if not kernel.config.persistent:
+        return ()
+    shape = [problem.batch, problem.q_heads, problem.q_len, configs.padded_dim(problem.qk_dim)]
+    if problem.layout == BLHD:
+        shape[1], shape[2] = shape[2], shape[1]
+    return (jax.ShapeDtypeStruct(tuple(shape), problem.q_dtype),)
 
 
 def _finished_dq(kernel: Kernel, sums: Any) -> Any:
@@ -273,7 +293,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     """The kernel's body, as every warpgroup executes it."""
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     consumers = kernel.config.warpgroups
-    limits = configs.REGISTERS[consumers]
+    limits = kernel.config.registers
 
     def consume(number: int) -> None:
         if limits is not None:
@@ -304,6 +324,14 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
                 adder = DqAdder(kernel, inputs, buffers, number)
                 pl.when(warp == 1 + number)(functools.partial(adder.run, cta))
 
+    if kernel.config.persistent:
+
+        @pl.when(warpgroup == consumers + 1)
+        def _() -> None:
+            assert limits is not None
+            plgpu.set_max_registers(limits[2], action="decrease")
+            DqRounder(kernel, inputs, outputs).run(cta)
+
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
@@ -320,7 +348,7 @@ class Producer:
             self._copies.keys_and_values(column)
             self._drain(self._column(column, jnp.int32(0)))
             return
-        (number,), (free,), (taken,) = buffers.column, buffers.key_value_free, self.inputs.taken
+        (number,), (free,) = buffers.column, buffers.key_value_free
 
         def take(state: Any) -> Any:
             """A column: its number, how many steps and how many columns came before."""
@@ -334,11 +362,12 @@ class Producer:
 
             end = self._column(column, begin, keys_and_values)
             # Asked for while the consumers are still at work.
-            return next_column(taken, number, schedule.ctas), end, turn + 1
+            return following(), end, turn + 1
 
-        start = cta, jnp.int32(0), jnp.int32(0)
-        _, end, _ = lax.while_loop(lambda state: state[0] < schedule.columns, take, start)
-        plgpu.barrier_wait(free)
+        following = functools.partial(next_column, self.inputs.dq[0], self.kernel.taken, number)
+        start = following(), jnp.int32(0), jnp.int32(0)
+        _, end, turn = lax.while_loop(lambda state: state[0] < schedule.columns, take, start)
+        pl.when(turn > 0)(lambda: plgpu.barrier_wait(free))
         number[0] = jnp.int32(-1)
         for _ in range(2 * self.kernel.config.key_slots):  # in place of copies
             plgpu.barrier_arrive(buffers.key_value_full)

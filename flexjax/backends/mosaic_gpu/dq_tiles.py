@@ -32,13 +32,13 @@ from flexjax.backends.mosaic_gpu.registers import FIRST_NAMED_BARRIER, TILE, WAR
 # Threads that meet at a hand-over: a warpgroup and a warp.
 HANDOVER = WARPGROUP + 32
 
-_WARP_ROWS = 16
-_COLUMNS = 8  # that a warp stores at a time, of all its rows
+WARP_ROWS = 16
+COLUMNS = 8  # that a warp stores at a time, of all its rows
 
 
 def in_order(sums: Any, dim: int) -> Any:
     """[rows, dim] from the sums, [rows * dim]."""
-    tiles = sums.reshape(-1, 4, dim // _COLUMNS, 8, 4, 2, 2)
+    tiles = sums.reshape(-1, 4, dim // COLUMNS, 8, 4, 2, 2)
     return tiles.transpose(0, 1, 5, 3, 2, 4, 6).reshape(-1, dim)
 
 
@@ -126,13 +126,13 @@ def emit_reduce(
     i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
     rows, columns = shape
     tiles = range(rows // WARPGROUP_ROWS)
-    part = _WARP_ROWS * columns
+    part = WARP_ROWS * columns
     for warp in warps:
         stage = _of_warp(staged, warp, shape)
         # 64 bits: sums may be many.
         first = arith.muli(arith.extsi(i64, row), _constant(dim, i64))
         inside = arith.addi(
-            arith.muli(warp, _constant(_WARP_ROWS * dim, i32)), _constant(_WARP_ROWS * column, i32)
+            arith.muli(warp, _constant(WARP_ROWS * dim, i32)), _constant(WARP_ROWS * column, i32)
         )
         target = mgpu.utils.memref_ptr(sums)
         if target.type.address_space == 0:
@@ -166,10 +166,10 @@ def _stage(x: Any, staged: ir.Value) -> None:
     lane = arith.andi(mgpu.utils.thread_idx(), _constant(31, i32))
     mine = _at(_of_warp(staged, _warp(), x.shape), arith.shli(lane, _constant(2, i32)))
     for m in range(rows // WARPGROUP_ROWS):
-        for j in range(columns // _COLUMNS):
+        for j in range(columns // COLUMNS):
             places = ((64 * m + 8 * i, 8 * j + e) for i in range(2) for e in range(2))
             values = vector.from_elements(quad, [held[p].ir for p in places])
-            where = _constant(m * _WARP_ROWS * columns + 4 * 32 * j, i32)
+            where = _constant(m * WARP_ROWS * columns + 4 * 32 * j, i32)
             llvm.store(values, _at(mine, where), alignment=16)
     nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 

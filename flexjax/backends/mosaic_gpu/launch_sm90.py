@@ -113,10 +113,10 @@ def barriers(count: int, arrivals: int = 1) -> Any:
     return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
 
 
-def rows(problem: Problem, ref: Any, b: Any, h: Any, first: Any, count: int, *columns: Any) -> Any:
-    """Rows of one head of a tensor in the problem's layout, all columns of them or some."""
+def rows(problem: Problem, ref: Any, b: Any, h: Any, first: Any, count: int) -> Any:
+    """Rows of one head of a tensor in the problem's layout."""
     span = pl.ds(first, count)
-    return ref.at[b, span, h, *columns] if problem.layout == BLHD else ref.at[b, h, span, *columns]
+    return ref.at[b, span, h] if problem.layout == BLHD else ref.at[b, h, span]
 
 
 def unknown_zero(number: Any) -> Any:

@@ -16,18 +16,19 @@ from jaxlib.mlir.dialects import arith, nvvm
 from flexjax.backends.mosaic_gpu.registers import WARPGROUP
 
 
-def next_column(taken: Any, cells: Any, ctas: int) -> Any:
+def next_column(sums: Any, taken: int, cells: Any) -> Any:
     """The number of the next column, for all threads of a warpgroup.
 
     Args:
-        taken: reference to the counter, int32 [1].
+        sums: reference to the array behind whose first numbers the counter lies.
+        taken: how many numbers, of four bytes, come before it.
         cells: shared memory, int32; the second one is this function's.
-        ctas: as many columns are not counted, since every CTA begins with that of its own number.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def emit(_: Any, taken: Any, cells: Any) -> None:
+    def emit(_: Any, sums: Any, cells: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
+        first = arith.constant(ir.IntegerType.get_signless(64), taken)
         thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, WARPGROUP))
         mgpu.utils.warpgroup_barrier()  # all threads have read the one before
         mgpu.utils.inline_ptx(
@@ -39,14 +40,14 @@ def next_column(taken: Any, cells: Any, ctas: int) -> Any:
                 @first st.shared.u32 [$2 + 4], before;
             }""",
             thread,
-            mgpu.utils.memref_ptr(taken),
+            mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [first], i32),
             mgpu.utils.memref_ptr(cells),
             has_side_effects=True,
         )
         mgpu.utils.warpgroup_barrier()
 
-    emit(taken, cells)
-    return cells[1] + ctas
+    emit(sums, cells)
+    return cells[1]
 
 
 def uniform(x: Any) -> Any:
