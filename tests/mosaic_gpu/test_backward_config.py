@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexjax import create_block_mask, masks
+from flexjax import create_block_mask, masks, scores
 from flexjax.backends.mosaic_gpu import backward_config
 from flexjax.backends.mosaic_gpu.backward_schedule import ColumnSchedule
 from tests.mosaic_gpu.problems import problem_of
@@ -17,30 +17,42 @@ def document(b, h, q_idx, kv_idx):
     return jnp.asarray(IDS)[q_idx] == jnp.asarray(IDS)[kv_idx]
 
 
-def choose(dim, mask=None, heads=16, kv_heads=None, **options):
+def choose(dim, mask=None, heads=16, kv_heads=None, score=None, **options):
     query = jax.ShapeDtypeStruct((2, heads, 2048, dim), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((2, kv_heads or heads, 2048, dim), jnp.bfloat16)
     blocks = None if mask is None else create_block_mask(mask, None, None, 2048, 2048)
-    problem = problem_of(query, key, key, block_mask=blocks, options=options)[0]
+    problem = problem_of(query, key, key, score_mod=score, block_mask=blocks, options=options)[0]
     return problem, backward_config.choose(problem)
 
 
 @pytest.mark.parametrize(
-    ("dim", "mask", "persistent", "rolling"),
+    ("dim", "mask", "kinds"),
     [
-        (64, masks.causal(), True, False),
-        (64, None, True, False),
-        (128, masks.causal(), False, True),
-        (128, None, False, True),
-        (256, masks.causal(), False, False),
+        (64, masks.causal(), {"persistent", "rounding"}),
+        (64, None, {"persistent", "rounding"}),
+        (64, document, {"persistent"}),
+        (128, masks.causal(), {"rolling"}),
+        (128, None, {"rolling"}),
+        (256, masks.causal(), set()),
     ],
 )
-def test_kinds_of_kernels(dim, mask, persistent, rolling):
-    """Narrow heads get the persistent grid; full steps of others roll."""
+def test_kinds_of_kernels(dim, mask, kinds):
+    """Narrow heads get the persistent grid, where dQ may be rounded too; full steps of others roll."""
     problem, config = choose(dim, mask)
-    assert (config.persistent, config.rolling) == (persistent, rolling)
+    assert {k for k in ("persistent", "rounding", "rolling") if getattr(config, k)} == kinds
     columns = ColumnSchedule(problem, config).columns
-    assert ColumnSchedule(problem, config).ctas == (config.cores if persistent else columns)
+    ctas = config.cores if "persistent" in kinds else columns
+    assert ColumnSchedule(problem, config).ctas == ctas
+
+
+def test_derivatives_take_the_registers_of_rounding():
+    """With a soft cap another kernel rounds; without a block mask besides, nothing is persistent."""
+    for mask, persistent in ((masks.causal(), True), (None, False)):
+        config = choose(64, mask, score=scores.soft_cap(20.0))[1]
+        assert (config.persistent, config.rounding) == (persistent, False)
+    assert choose(64, score=lambda s, b, h, q, k: s + q - k)[1].rounding
+    with pytest.raises(NotImplementedError, match="backward_rounding takes persistent CTAs"):
+        choose(128, backward_rounding=True)
 
 
 def test_steps_do_not_roll_where_a_warpgroup_has_no_share_of_dq():

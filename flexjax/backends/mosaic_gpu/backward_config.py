@@ -29,8 +29,8 @@ DQ_BY = (CONSUMERS, ADDER, IN_ORDER, KERNEL)
 
 # Registers a thread of the consumers and of the producer, by the number of consumer warpgroups.
 REGISTERS = {1: None, 2: (240, 24)}
-# The same of persistent CTAs, and of the warpgroup that rounds dQ in them: see dq_rounder_sm90.py.
-PERSISTENT_REGISTERS = (232, 24, 24)
+# The same where a warpgroup more rounds dQ, and its own: see dq_rounder_sm90.py.
+ROUNDING_REGISTERS = (232, 24, 24)
 
 # Where fewer columns than this a multiprocessor are left, each is shared out. Measured: from half a column 3.2
 # times faster, from one 1.2 to 1.4 times; from four slower by a tenth.
@@ -75,6 +75,7 @@ class BackwardConfig:
         shares: parts into which the batch rows and query heads that read a column are divided, each for a CTA of
             its own.
         persistent: one CTA a multiprocessor, which takes one column after the other; otherwise a CTA a column.
+        rounding: persistent CTAs round dQ, too: see dq_rounder_sm90.py.
         cores: multiprocessors of the GPU.
         self_loading: the only consumer issues the copies too, without a producer: two CTAs then share a
             multiprocessor.
@@ -95,6 +96,7 @@ class BackwardConfig:
     self_loading: bool = False
     shares: int = 1
     persistent: bool = False
+    rounding: bool = False
     cores: int = forward_config.CORES
 
     @property
@@ -115,7 +117,7 @@ class BackwardConfig:
     @property
     def registers(self) -> tuple[int, ...] | None:
         """Registers a thread of the consumers, the producer and the warpgroup that rounds, if there are these."""
-        return PERSISTENT_REGISTERS if self.persistent else REGISTERS[self.warpgroups]
+        return ROUNDING_REGISTERS if self.rounding else REGISTERS[self.warpgroups]
 
     @property
     def key_slots(self) -> int:
@@ -138,6 +140,7 @@ OPTIONS = {
     "backward_self_loading": bool,
     "backward_deferred": bool,
     "backward_persistent": bool,
+    "backward_rounding": bool,
     "backward_shares": int,
 }
 
@@ -249,10 +252,14 @@ def choose(problem: Problem, cores: int = forward_config.CORES) -> BackwardConfi
         plain and config.order == "dq_first" and not config.deferred and _all_share(problem, config)
     )
     config = dataclasses.replace(config, rolling=rolling)
-    # Measured: 7 to 13% faster with a block mask, 4% without one.
+    # Measured: CTAs that round are 3 to 5% faster than others, but 4% slower with packed documents and, for want
+    # of registers, 6% with a soft cap. Without a block mask all columns are long, and persistence alone costs 3%.
+    rounding = not problem.mask_loads and _has_plain_derivative(problem)
     persistent = config.deferred and _can_be_persistent(problem, config)
+    persistent &= blocks is not None or rounding
     persistent = problem.option("backward_persistent", persistent)
-    config = dataclasses.replace(config, persistent=persistent, cores=cores)
+    rounding = problem.option("backward_rounding", rounding and persistent)
+    config = dataclasses.replace(config, persistent=persistent, rounding=rounding, cores=cores)
     shares = problem.option("backward_shares", _choose_shares(problem, config))
     config = dataclasses.replace(config, shares=shares)
     stages = problem.option("backward_stages", None)
@@ -285,8 +292,8 @@ def _choose_shares(problem: Problem, config: BackwardConfig) -> int:
 
 
 def _can_be_persistent(problem: Problem, config: BackwardConfig) -> bool:
-    # The results of a column have shared memory of their own, one after the other, so they must be alike. Of wider
-    # ones there are not enough registers, as there is a warpgroup more.
+    # The results of a column have shared memory of their own, one after the other, so they must be alike. Wider
+    # ones gain nothing, and leave no registers for a warpgroup that rounds.
     alike = padded_dim(problem.qk_dim) == padded_dim(problem.v_dim) <= 64
     plain = config.warpgroups == 2 and not config.interpret
     config = dataclasses.replace(config, persistent=True)
@@ -328,6 +335,15 @@ def _few_derivatives(problem: Problem) -> bool:
     graph, loads = score.gradient.graph, score.gradient.loads
     derivatives = (graph.nodes[graph.outputs[load.derivative]] for load in loads)
     return len(loads) <= 1 and all(d.op == "const" for d in derivatives)
+
+
+def _has_plain_derivative(problem: Problem) -> bool:
+    """Whether the modified score grows with the score, at a constant rate."""
+    score = problem.score
+    if score is None or score.gradient is None:
+        return True
+    graph = score.gradient.graph
+    return graph.nodes[graph.outputs[1]].op == "const"
 
 
 def _choose_dq(problem: Problem, interpret: bool) -> forward_config.Config:
@@ -379,6 +395,11 @@ def _checked(problem: Problem, config: BackwardConfig) -> BackwardConfig:
             "same for keys and values, and consumers who add to dQ; the problem or its kernel options ask for "
             f"{config.warpgroups} warpgroups, head dimensions of {problem.qk_dim} and {problem.v_dim}, dQ by "
             f"{config.dq_by!r} and interpret={config.interpret}, or leave no shared memory for it."
+        )
+    if config.rounding and not config.persistent:
+        raise NotImplementedError(
+            "backward_rounding takes persistent CTAs, and these are not. Leave the option out, or see "
+            "backward_persistent."
         )
     if config.shares != 1 and (config.ordered or _rows(problem) % config.shares):
         raise NotImplementedError(

@@ -91,7 +91,8 @@ class Consumer:
             column = kernel.schedule.column(mine, turn, begin)
             end, dk, dv = self._sums_of(column, begin)
             plgpu.barrier_arrive(free)
-            count_column(dq, kernel, before, end > begin)
+            if kernel.config.rounding:
+                count_column(dq, kernel, before, end > begin)
             self._store_aside(column, dk, dv)
             plgpu.barrier_wait(buffers.key_value_full)
             return number[0], end, turn + 1, kernel.schedule.head_of(column)
@@ -99,8 +100,9 @@ class Consumer:
         plgpu.barrier_wait(buffers.key_value_full)
         start = number[0], jnp.int32(0), jnp.int32(0), jnp.int32(-1)
         *_, last = lax.while_loop(lambda state: state[0] >= 0, take, start)
-        count_column(dq, kernel, last, False)
-        DqRounder(kernel, self.inputs, self.outputs).finish(cta, self.warpgroup)
+        if kernel.config.rounding:
+            count_column(dq, kernel, last, False)
+            DqRounder(kernel, self.inputs, self.outputs).finish(cta, self.warpgroup)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _sums_of(self, column: Column, begin: Any) -> tuple[Any, Any, Any]:

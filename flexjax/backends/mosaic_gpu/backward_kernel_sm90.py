@@ -57,7 +57,7 @@ class Outputs(NamedTuple):
     Attributes:
         dk, dv: in the problem's layout.
         key_sums: [B, Hq, padded keys] for every load of kind KEYS.
-        dq: in the problem's layout, of persistent CTAs; or empty.
+        dq: in the problem's layout, where CTAs round it; or empty.
     """
 
     dk: Any

@@ -125,14 +125,12 @@ class ColumnSchedule:
         """Heads whose columns alternate: the power of two that comes closest to filling the machine.
 
         Where the columns of a head come in no order of length, as those of packed documents, four times as many:
-        the last columns to run are then the last ones of many heads, and nobody waits for a long one. But not in
-        persistent CTAs, which round dQ head by head, and whose columns are shorter.
+        the last columns to run are then the last ones of many heads, and nobody waits for a long one.
         Columns that wait for each other should be few of any head: then more heads, as far as the cache allows.
         """
         filling = 1 << max(0, round(math.log2(self.config.cores / self.kv_tiles)))
         if not self.config.ordered:
-            several = self.problem.mask_loads and not self.config.persistent
-            return filling * (4 if several else 1)
+            return filling * (4 if self.problem.mask_loads else 1)
         sums = 4 * self.rows * self.padded_queries * padded_dim(self.problem.qk_dim)
         return max(filling, 1 << int(math.log2(max(1, SUMS_TOGETHER // sums))))
 

@@ -127,14 +127,14 @@ def backward(
         outputs,
         kernel.buffers(),
         ctas=schedule.ctas,
-        warpgroups=config.warpgroups + (not config.self_loading) + config.persistent,
+        warpgroups=config.warpgroups + (not config.self_loading) + config.rounding,
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
     loads, query_sums = kernel.loads, []
     if config.separate_dq:
         dq, loads, query_sums = _separate_dq(kernel, operands, inputs)
-    elif config.persistent:
+    elif config.rounding:
         (dq,) = outputs.dq
     else:
         dq = _finished_dq(kernel, inputs.dq[0][...])
@@ -249,9 +249,9 @@ def _zero_dq(kernel: Kernel) -> tuple[Any, ...]:
 
 
 def _rounded_dq(kernel: Kernel) -> tuple[Any, ...]:
-    """DQ in the queries' dtype and layout, where the kernel rounds it."""
+    """The padded dQ in the queries' dtype and layout, where the kernel rounds it."""
     problem = kernel.problem
-    if not kernel.config.persistent:
+    if not kernel.config.rounding:
         return ()
     shape = [problem.batch, problem.q_heads, problem.q_len, configs.padded_dim(problem.qk_dim)]
     if problem.layout == BLHD:
@@ -262,7 +262,9 @@ def _rounded_dq(kernel: Kernel) -> tuple[Any, ...]:
 def _finished_dq(kernel: Kernel, sums: Any) -> Any:
     """The padded dQ in the queries' dtype and layout, from what the kernel added up."""
     problem, dim = kernel.problem, configs.padded_dim(kernel.problem.qk_dim)
-    dq = sums.sum(0) if kernel.config.interpret else dq_tiles.in_order(sums, dim)
+    # Counters may lie behind them.
+    sums = sums.sum(0) if kernel.config.interpret else sums[: kernel.rows * dim]
+    dq = sums if kernel.config.interpret else dq_tiles.in_order(sums, dim)
     dq = dq.reshape(problem.batch, problem.q_heads, -1, dim)
     return (heads_first(dq, problem.layout) * problem.scale).astype(problem.q_dtype)
 
@@ -324,7 +326,7 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
                 adder = DqAdder(kernel, inputs, buffers, number)
                 pl.when(warp == 1 + number)(functools.partial(adder.run, cta))
 
-    if kernel.config.persistent:
+    if kernel.config.rounding:
 
         @pl.when(warpgroup == consumers + 1)
         def _() -> None:
