@@ -13,7 +13,11 @@ def test_documents_fill_the_rows_and_have_the_mean_length():
     assert ids.shape == (4, 40_000)
     assert (np.diff(ids, axis=1) >= 0).all()
     documents = sum(len(np.unique(row)) for row in ids)
-    assert ids.size / documents == pytest.approx(500, rel=0.15)
+    assert ids.size / documents == 500
+    squares = sum((np.bincount(row).astype(float) ** 2).sum() for row in ids)
+    assert squares / ids.size == pytest.approx(
+        2 * 500, rel=0.1
+    )  # as of an exponential distribution
 
 
 def test_a_contest_times_what_is_right_and_says_why_the_rest_is_not():
