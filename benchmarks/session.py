@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
-from benchmarks import peers, records, table
+from benchmarks import peers, records, side_by_side, table
 from benchmarks.progress import Progress
 from benchmarks.reference import HeadReference, gate
 from benchmarks.settings import Settings
@@ -111,8 +111,23 @@ def measure(
     clock: Callable[[], float | None],
 ) -> Rows:
     """The rows of one case, without those keys that are the same in the whole run."""
-    check = suite.checker(case)
     rows: dict[str, dict[str, Any]] = {}
+    with side_by_side.preparing(settings.beside):
+        contenders = _prepared(suite, case, able, rows)
+    with side_by_side.timing(settings.beside):
+        add_times(
+            rows, contenders, settings.plan, lambda name, ms: suite.figures(case, ms), clock=clock
+        )
+    for peer in able:
+        peer.release()
+    return list(rows.values())
+
+
+def _prepared(
+    suite: Suite, case: peers.Case, able: list[peers.Peer], rows: dict[str, dict[str, Any]]
+) -> dict[str, peers.Contender]:
+    """The contenders that are right, by name; begins the rows of all."""
+    check = suite.checker(case)
     contenders: dict[str, peers.Contender] = {}
     for peer in able:
         if not peer.supports(case.shape, case.variant):
@@ -129,12 +144,7 @@ def measure(
             contenders[peer.name] = contender
         else:
             row["failure"] = wrong
-    add_times(
-        rows, contenders, settings.plan, lambda name, ms: suite.figures(case, ms), clock=clock
-    )
-    for peer in able:
-        peer.release()
-    return list(rows.values())
+    return contenders
 
 
 def _case_keys(case: peers.Case) -> dict[str, Any]:

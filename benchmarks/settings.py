@@ -30,6 +30,7 @@ class Settings:
         write: whether rows are written at all.
         minutes: after these no further case is begun; None for no bound.
         base: another version of flexjax to measure beside this one; see `benchmarks.peers.flexjax_base`.
+        beside: a file that other runs on this device name too; see `benchmarks.side_by_side`.
     """
 
     shapes: tuple[Shape, ...]
@@ -42,6 +43,7 @@ class Settings:
     write: bool
     minutes: float | None
     base: str | None = None
+    beside: Path | None = None
 
 
 QUICK = "sizes that a CPU computes at once and few repeats"
@@ -90,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another version of flexjax to measure beside this one: a commit, or a folder that holds the package",
     )
     parser.add_argument(
+        "--beside",
+        type=Path,
+        help="a file that other runs on this device name too: they compile side by side and time one by one",
+    )
+    parser.add_argument(
         "--block-size", type=_block_size, default=(128, 128), help="flexjax's blocks: 128 or 64x128"
     )
     parser.add_argument(
@@ -113,6 +120,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         write=writes(arguments),
         minutes=arguments.minutes,
         base=arguments.base,
+        beside=arguments.beside,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from benchmarks import (
     plots,
     records,
     reference,
+    side_by_side,
     table,
     targets,
 )
@@ -222,6 +224,22 @@ def test_a_slow_contender_has_fewer_calls():
     assert slow.calls == 2 + 4 + 4
     assert fast.calls == 2 + 4 + 20
     assert timings["slow"].ms == pytest.approx(500.0)
+
+
+def test_runs_side_by_side_prepare_together_and_time_alone(tmp_path):
+    file, done = tmp_path / "lock", []
+
+    def times():
+        with side_by_side.timing(file):
+            done.append("timed")
+
+    with side_by_side.preparing(file), side_by_side.preparing(file):
+        thread = threading.Thread(target=times)
+        thread.start()
+        thread.join(0.2)
+        done.append("prepared")
+    thread.join(10)
+    assert done == ["prepared", "timed"]
 
 
 def test_who_fails_is_left_out_and_the_others_go_on():
