@@ -1,7 +1,7 @@
 """Several runs on one device: they compile side by side, but whoever times is alone.
 
-Compilation takes ten times as long as timing, and a device that is lent is lent for minutes. Runs that name the
-same file share its lock while they prepare and try their contenders; to time them, a run has it for itself, so that
+Compilation takes ten times as long as timing, and a device may be there for minutes only. Runs that name the same
+file share its lock while they prepare and try their contenders; to time them, a run has it for itself, so that
 nothing else happens on the device.
 """
 
