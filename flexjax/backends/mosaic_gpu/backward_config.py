@@ -252,13 +252,14 @@ def choose(problem: Problem, cores: int = forward_config.CORES) -> BackwardConfi
         plain and config.order == "dq_first" and not config.deferred and _all_share(problem, config)
     )
     config = dataclasses.replace(config, rolling=rolling)
-    # Measured: CTAs that round are 3 to 5% faster than others, but 4% slower with packed documents and, for want
-    # of registers, 6% with a soft cap. Without a block mask all columns are long, and persistence alone costs 3%.
-    rounding = not problem.mask_loads and _has_plain_derivative(problem)
+    # Measured: 7 to 13% faster than a CTA a column; of which 4% are rounding, which loses as much with packed
+    # documents. With a soft cap, whose derivative takes the registers, both lose.
     persistent = config.deferred and _can_be_persistent(problem, config)
-    persistent &= blocks is not None or rounding
-    persistent = problem.option("backward_persistent", persistent)
-    rounding = problem.option("backward_rounding", rounding and persistent)
+    persistent = problem.option(
+        "backward_persistent", persistent and _has_plain_derivative(problem)
+    )
+    rounding = persistent and not problem.mask_loads
+    rounding = problem.option("backward_rounding", rounding)
     config = dataclasses.replace(config, persistent=persistent, rounding=rounding, cores=cores)
     shares = problem.option("backward_shares", _choose_shares(problem, config))
     config = dataclasses.replace(config, shares=shares)
