@@ -38,7 +38,7 @@ def listed_blocks():
 @pytest.mark.interpreter
 @cases(
     DecodeCase("ragged_paged_64_alibi", (130, 0, 3), 192, score=scores.alibi(4), heads=4, kv_heads=2, q_len=4,
-               dim=16, page=64, options={"kv_tile": 64}),
+               dim=16, page=64, options={"kv_tile": 64, "stages": 1}),
     DecodeCase("two_pieces_by_head_paged_16", (190, 70), 192, mask=by_head, score=scores.soft_cap(5.0), page=16,
                options={"kv_tile": 64, "stages": 2}),
     DecodeCase("window_blhd_many_rows", (190,), mask=masks.sliding_window(60), heads=5, q_len=17, layout="BLHD",
@@ -89,6 +89,17 @@ def test_how_live_tiles_are_found(monkeypatch, mask, q_len, kind):
     cache = KVCache(key, key, jax.ShapeDtypeStruct((3,), "int32"))
     jax.eval_shape(lambda q, c: decode(q, c, None, mask, backend="mosaic_gpu"), query, cache)
     assert {plan.kind for plan in plans} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("dim", "kv_tile", "stages", "ctas"),
+    [(32, 128, 2, 264), (64, 128, 1, 264), (96, 64, 2, 264), (128, 64, 1, 264), (256, 64, 3, 132)],
+)
+def test_as_little_is_on_its_way_as_keeps_memory_busy(dim, kv_tile, stages, ctas):
+    """At least 32 KB of each of two CTAs, or what a multiprocessor has room for."""
+    query, key = (jax.ShapeDtypeStruct((1, 8, n, dim), "bfloat16") for n in (1, 4096))
+    config = decode_config.choose(problem_of(query, key, key)[0])
+    assert (config.kv_tile, config.stages, config.ctas) == (kv_tile, stages, ctas)
 
 
 @pytest.mark.parametrize(

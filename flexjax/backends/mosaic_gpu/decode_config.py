@@ -15,9 +15,9 @@ MOST_QUERIES, LEAST_KEYS = 64, 1024
 # Shared memory of each of two CTAs that share a multiprocessor, less what the barriers take.
 _HALF = 113 * 1024 - 512
 _MOST_STAGES = 6
-# Bytes of keys and values that such a CTA has on their way, or those of two stages if that is more. They keep
-# memory busy; with more of them, what is asked for behind them comes later.
-_ENOUGH = 64 * 1024
+# Such a CTA has at least so many bytes of keys and values on their way, which keeps memory busy. With more of them
+# memory serves CTAs less evenly, and what is asked for behind them comes later.
+_ENOUGH = 32 * 1024
 _INTERPRETED_CTAS = 3
 
 
@@ -73,7 +73,7 @@ def choose(problem: Problem, cores: int = CORES) -> DecodeConfig:
     two = fixed + 2 * stage <= _HALF
     room = _HALF if two else SHARED_MEMORY
     most = (room - fixed) // stage
-    enough = max(_ENOUGH // stage, 2) if two else most
+    enough = cdiv(_ENOUGH, stage) if two else most
     stages = problem.option("stages", min(most, enough, _MOST_STAGES))
     if stages < 1 or fixed + stages * stage > SHARED_MEMORY:
         raise NotImplementedError(
