@@ -44,6 +44,7 @@ from flexjax.backends.mosaic_gpu.launch_sm90 import (
     capture,
     launch,
     rows,
+    unknown_zero,
 )
 from flexjax.backends.mosaic_gpu.registers import ROW, TILE
 from flexjax.backends.mosaic_gpu.row_stores import store_rows
@@ -316,7 +317,9 @@ class Decoder:
         state: State,
     ) -> tuple[Place, Ahead, Any, State]:
         config, buffers, softmax = self.kernel.plan.config, self.buffers, self.kernel.softmax
-        stage = lax.rem(x - begin, jnp.int32(config.stages))
+        stages, number = config.stages, x - begin
+        # One stage is hidden from the compiler, whose registers do not suffice for what it would keep.
+        stage = unknown_zero(number) if stages == 1 else lax.rem(number, jnp.int32(stages))
         place = self.steps.located(x, place)
         step = self.steps.step_at(x, place)
         next_load, ahead = self._coming(x + config.stages, ahead)
