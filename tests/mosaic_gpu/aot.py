@@ -81,6 +81,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "relative_d128": ("relative", {"dim": 128}),
     "noop_d64": ("noop", {"dim": 64}),
     "relative_d64": ("relative", {"dim": 64}),
+    "alibi_d128": ("alibi", {"dim": 128}),
     "alibi_d64_float16": ("alibi", {"dim": 64, "dtype": "float16"}),
     "odd_causal_d96_blhd": ("causal", {"dim": 96, "q_len": 1001, "layout": "BLHD"}),
     "causal_d256": ("causal", {"dim": 256}),
