@@ -87,6 +87,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "causal_d256": ("causal", {"dim": 256}),
     "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
     "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
+    "blocks_of_64_d64": ("document", {"dim": 64, "block": 64}),
 }
 
 # The same for the backward pass.

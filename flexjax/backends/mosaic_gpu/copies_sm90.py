@@ -27,7 +27,7 @@ class Copies:
     def query(self, position: TilePosition, warpgroup: Any) -> None:
         """The queries of one consumer."""
         buffers = self.buffers
-        first = position.q * self.kernel.config.q_tile + warpgroup * WARPGROUP_ROWS
+        first = self.kernel.first_query(position, warpgroup)
         where = rows(
             self.kernel.problem, self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS
         )
