@@ -2,32 +2,40 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flexjax import create_block_mask, masks
 from flexjax.backends.mosaic_gpu import config
 from tests.mosaic_gpu.problems import problem_of
 
+IDS = np.repeat(np.arange(4, dtype=np.int32), 128)
 
-def choose(dim, block=128, **options):
+
+def document(b, h, q_idx, kv_idx):
+    return jnp.asarray(IDS)[q_idx] == jnp.asarray(IDS)[kv_idx]
+
+
+def choose(dim, block=128, mask=None, **options):
     query = jax.ShapeDtypeStruct((2, 4, 512, dim), jnp.bfloat16)
-    mask = create_block_mask(masks.causal(), None, None, 512, 512, block)
+    mask = create_block_mask(mask or masks.causal(), None, None, 512, 512, block)
     return config.choose(problem_of(query, query, query, block_mask=mask, options=options)[0])
 
 
 @pytest.mark.parametrize(
-    ("dim", "block", "self_loading", "workers", "persistent"),
+    ("dim", "block", "mask", "self_loading", "workers", "persistent"),
     [
-        (64, 128, False, 1, True),
-        (64, 64, True, 4, True),
-        (32, 64, True, 4, True),
-        (128, 64, True, 2, True),
-        (256, 64, False, 1, True),
+        (64, 128, None, False, 1, True),
+        (64, 64, None, True, 4, True),
+        (32, 64, document, True, 4, True),
+        (128, 64, None, True, 2, True),
+        (128, 64, document, True, 1, False),
+        (256, 64, None, False, 1, True),
     ],
 )
-def test_kinds_of_kernels(dim, block, self_loading, workers, persistent):
+def test_kinds_of_kernels(dim, block, mask, self_loading, workers, persistent):
     """With blocks of 64 queries consumers load by themselves, four to a CTA, or two."""
-    chosen = choose(dim, block)
+    chosen = choose(dim, block, mask)
     found = chosen.self_loading, chosen.workers, chosen.persistent
     assert found == (self_loading, workers, persistent)
 

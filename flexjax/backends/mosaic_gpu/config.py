@@ -172,9 +172,12 @@ def _self_loading(problem: Problem, warpgroups: int) -> bool:
 
 
 def _workers(problem: Problem, self_loading: bool) -> int:
-    """Consumers with tiles of their own in a CTA: as many as a multiprocessor has room for."""
+    """Consumers with tiles of their own in a CTA: as many as a multiprocessor has room for.
+
+    They walk over tiles that are dealt out in advance, which is to be good for the mask (see `_persistent`).
+    """
     wide = max(problem.qk_dim, problem.v_dim) > 128
-    if not self_loading or wide or not problem.option("persistent", True):
+    if not self_loading or wide or not problem.option("persistent", _persistent(problem)):
         return 1
     return WORKERS if _narrow(problem) else WORKERS // 2
 

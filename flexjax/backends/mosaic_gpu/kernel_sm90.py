@@ -134,9 +134,11 @@ class Kernel:
     def stage(self, step: Any, consumer: Any = 0) -> Any:
         """The stage of a step, counted over all tiles of the CTA, or of a consumer that loads by itself."""
         stages = self.config.stages
-        # The compiler does not know that steps are not negative, which makes remainders dear.
-        powers = stages & (stages - 1) == 0
-        stage = step & (stages - 1) if powers else lax.rem(step, jnp.int32(stages))
+        if self.config.self_loading and stages & (stages - 1) == 0:
+            # The compiler does not know that steps are not negative, which makes remainders dear.
+            stage = step & (stages - 1)
+        else:
+            stage = lax.rem(step, jnp.int32(stages))
         return stage if self.config.workers == 1 else consumer * stages + stage
 
     def first_query(self, position: TilePosition, consumer: Any) -> Any:
