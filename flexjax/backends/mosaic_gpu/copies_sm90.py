@@ -67,6 +67,8 @@ class Copies:
     ) -> None:
         schedule, kv_tile = self.kernel.schedule, self.kernel.config.kv_tile
         b, h = schedule.kv_row(position)
-        first = pl.multiple_of(schedule.inside(first_key), kv_tile)
+        first = schedule.inside(first_key)
+        if not isinstance(first, int):
+            first = pl.multiple_of(first, kv_tile)
         where = rows(self.kernel.problem, source, b, h, first, kv_tile)
         plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])
