@@ -359,7 +359,7 @@ def _here(value: ir.Value) -> ir.Value:
     would hold a register for every key in all of them.
     """
     return llvm.inline_asm(
-        value.type, [value], "mov.b32 $0, $1;", "=f,f", asm_dialect=0, has_side_effects=True
+        value.type, [value], "mov.f32 $0, $1;", "=f,f", asm_dialect=0, has_side_effects=True
     )
 
 
