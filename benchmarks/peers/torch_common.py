@@ -33,6 +33,11 @@ def to_tensor(array: Any, device: str = "cuda") -> Any:
     return torch.from_numpy(host).to(device)
 
 
+def cold() -> bool:
+    """Whether compilation really happens, whatever was compiled before."""
+    return os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") == "1"
+
+
 def contender(peer: str, attend: Callable[..., Any], case: Case, **details: Any) -> Contender:
     """A contender from a PyTorch function of (query, key, value), which is called once to compile it."""
     import torch
@@ -59,14 +64,13 @@ def contender(peer: str, attend: Callable[..., Any], case: Case, **details: Any)
 
     synchronize(run(0))
     compile_s = time.perf_counter() - start
-    cold = os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") == "1"
     return Contender(
         peer=peer,
         run=run,
         synchronize=synchronize,
         heads=heads,
         input_sets=len(sets),
-        compile_s=compile_s if cold else None,
+        compile_s=compile_s if cold() else None,
         layout="BHLD",
         **details,
     )

@@ -27,7 +27,10 @@ class TorchFlex:
         return "torch_flex_autotuned" if self.autotuned else "torch_flex"
 
     def missing(self) -> str | None:
-        return torch_common.missing()
+        reason = torch_common.missing()
+        if reason is None and torch_common.cold():
+            _compile_once()
+        return reason
 
     def supports(self, shape: Shape, variant: Variant) -> bool:
         return True
@@ -66,6 +69,20 @@ class TorchFlex:
         # Else the variants would pile up behind one function, up to the compiler's limit of eight.
         torch._dynamo.reset()
         torch.cuda.empty_cache()
+
+
+def _compile_once() -> None:
+    """Compiles a small attention, as flexjax does: the compiler's start is not any variant's compile time."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tiny = torch.ones(1, 1, 128, 64, dtype=torch.bfloat16, device="cuda")
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 128, 128)
+    torch.compile(flex_attention, dynamic=False)(
+        tiny, tiny, tiny, score_mod=lambda score, b, h, q, kv: score + (kv - q), block_mask=mask
+    )
+    torch.cuda.synchronize()
+    torch._dynamo.reset()
 
 
 def mods(variant: Variant, shape: Shape, device: str) -> tuple[Any, Any]:

@@ -81,11 +81,13 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "relative_d128": ("relative", {"dim": 128}),
     "noop_d64": ("noop", {"dim": 64}),
     "relative_d64": ("relative", {"dim": 64}),
+    "alibi_d128": ("alibi", {"dim": 128}),
     "alibi_d64_float16": ("alibi", {"dim": 64, "dtype": "float16"}),
     "odd_causal_d96_blhd": ("causal", {"dim": 96, "q_len": 1001, "layout": "BLHD"}),
     "causal_d256": ("causal", {"dim": 256}),
     "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
     "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
+    "blocks_of_64_d64": ("document", {"dim": 64, "block": 64}),
 }
 
 # The same for the backward pass.

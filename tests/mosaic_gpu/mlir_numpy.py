@@ -166,6 +166,7 @@ _ASM = {
     "div.full.f32": _in_double(np.divide),
     "ex2.approx.ftz.f32": _in_double(np.exp2),
     "lg2.approx.ftz.f32": _in_double(np.log2),
+    "mov.f32": lambda x: x,
     "rcp.approx.f32": _in_double(np.reciprocal),
     "rcp.approx.ftz.f32": _in_double(np.reciprocal),
     "rsqrt.approx.f32": _in_double(lambda x: 1 / np.sqrt(x)),

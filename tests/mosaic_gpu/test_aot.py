@@ -31,8 +31,6 @@ ROOT = Path(__file__).parents[2]
 # Bytes of spill stores in all copies of the loops together, of which there are up to four; where it is 0 they are
 # left out. Two float32 accumulators of 64 numbers a thread leave little room for derivatives.
 SPILL_BUDGETS = {
-    # One number a tile, put away before the loops and fetched after them.
-    "relative_d128": 8,
     "backward_alibi_d128": 256,
     "backward_vectors_d128": 2200,
     "backward_soft_cap_d64": 192,

@@ -272,6 +272,7 @@ SELF_LOADING = [
     Case("self_loading", mask=masks.sliding_window(300, 0), block=(64, 64), q_len=900, heads=4, kv_heads=2,
          edit_mask=with_garbage, layout="BLHD", options=ALONE),
     Case("self_loading_documents", mask=document, block=(64, 128), q_len=1007, heads=2, dim=128, options=ALONE),
+    Case("self_loading_many_tiles", mask=document, block=(64, 64), q_len=900, heads=16, batch=4, score=relative),
     Case("self_loading_d256", mask=causal, block=(64, 64), q_len=500, dim=256, options=ALONE),
     Case("self_loading_no_mask", q_len=333, kv_len=1003, batch=2, dtype="float16", score=relative, options=ALONE),
     Case("self_loading_empty_rows", mask=some_empty_rows, block=(64, 64), q_len=600, max_scores=True,

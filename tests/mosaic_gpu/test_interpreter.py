@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flexjax import masks, scores
+from flexjax.backends import mosaic_gpu
 from tests.mosaic_gpu.attention import Case, cases, check
 
 causal = masks.causal()
@@ -66,7 +67,6 @@ CASES = [
     Case("float16", q_len=64, kv_len=130, dtype="float16", score=scores.soft_cap(2.0), options=ONE),
     Case("relative", q_len=64, kv_len=140, score=relative, options=ONE),
     Case("table", q_len=100, mask=causal, block=(64, 64), score=table, dim=32),
-    Case("self_loading", q_len=130, kv_len=330, mask=document_like, block=(64, 64), dim=16, options=ALONE),
     Case("self_loading_one_stage", q_len=64, kv_len=201, dim=16, mask=document_like, block=(64, 64),
          options=ALONE | {"stages": 1}),
     Case("negative_scale", q_len=64, scale=-0.3, mask=causal, block=(64, 64), dim=32),
@@ -76,4 +76,21 @@ CASES = [
 @pytest.mark.interpreter
 @cases(*CASES)
 def test_forward(case):
+    check(case, interpret=True)
+
+
+@pytest.mark.interpreter
+def test_self_loading(monkeypatch):
+    """Two consumers with tiles of their own, one of which has two."""
+    monkeypatch.setattr(mosaic_gpu, "_cores", lambda: 1)
+    options = ALONE | {"workers": 2}
+    case = Case(
+        "self_loading",
+        q_len=130,
+        kv_len=330,
+        mask=document_like,
+        block=(64, 64),
+        dim=16,
+        options=options,
+    )
     check(case, interpret=True)

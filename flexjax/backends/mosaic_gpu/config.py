@@ -17,6 +17,9 @@ CORES = 132
 
 KV_TILES = (128, 64)
 
+# Consumers with tiles of their own in a CTA, at most: they have 128 registers a thread.
+WORKERS = 4
+
 # Registers a thread of the consumers and of the producer, by the number of consumer warpgroups. A CTA of one
 # consumer and the producer gets 255 for everybody without asking.
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}
@@ -37,8 +40,10 @@ class Config:
         approx_math: approximate transcendental functions in the mods.
         cores: CTAs of a persistent grid.
         interpret: run in Pallas' Mosaic GPU interpreter, on the CPU.
-        self_loading: the only consumer issues the copies too, without a producer: several CTAs then share a
-            multiprocessor, and one computes while another starts, waits or stores.
+        self_loading: consumers issue their own copies, without a producer, for tiles of their own: several then
+            share a multiprocessor, and one computes while another starts, waits or stores.
+        workers: such consumers in a CTA. With one, CTAs share the multiprocessor, as many as the registers that
+            the compiler likes to have allow; four of a persistent CTA make it do with a quarter of them.
     """
 
     warpgroups: int
@@ -51,6 +56,7 @@ class Config:
     cores: int = CORES
     interpret: bool = False
     self_loading: bool = False
+    workers: int = 1
 
     @property
     def q_tile(self) -> int:
@@ -68,6 +74,7 @@ OPTIONS = {
     "approx_math": bool,
     "interpret": bool,
     "self_loading": bool,
+    "workers": int,
 }
 
 
@@ -92,7 +99,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
         numbers += config.q_tile * dv
     if config.interpret:  # probabilities, see forward_sm90.py
         numbers += config.q_tile * config.kv_tile
-    return 2 * numbers
+    return 2 * numbers * config.workers
 
 
 def choose(problem: Problem, cores: int = CORES) -> Config:
@@ -104,25 +111,30 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
     interpret = problem.option("interpret", False)
     warpgroups = problem.option("warpgroups", _warpgroups(problem))
     self_loading = problem.option("self_loading", _self_loading(problem, warpgroups))
+    workers = problem.option("workers", _workers(problem, self_loading))
     config = Config(
         warpgroups=warpgroups,
         kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups, self_loading)),
-        stages=4 if _narrow(problem) else 2,
-        persistent=problem.option("persistent", _persistent(problem) and not self_loading),
+        stages=4 if _narrow(problem) and workers == 1 else 2,
+        persistent=problem.option(
+            "persistent", workers > 1 if self_loading else _persistent(problem)
+        ),
         ping_pong=problem.option("ping_pong", True) and not interpret,
         trust_maximum=problem.option("trust_maximum", True),
         approx_math=problem.option("approx_math", True),
         cores=cores,
         interpret=interpret,
         self_loading=self_loading,
+        workers=workers,
     )
     stages = problem.option("stages", None)
     if stages is not None:
         return _checked(problem, dataclasses.replace(config, stages=stages))
     # What does not fit gives up first the overlap of tiles, then a stage.
     fallbacks = [config]
-    if "persistent" not in dict(problem.options):
-        fallbacks.append(dataclasses.replace(config, persistent=False))
+    asked = dict(problem.options)
+    if "persistent" not in asked and asked.get("workers", 1) == 1:
+        fallbacks.append(dataclasses.replace(config, persistent=False, workers=1))
     fallbacks += [dataclasses.replace(c, stages=2) for c in fallbacks]
     fallbacks += [dataclasses.replace(c, stages=1) for c in fallbacks[:2]]
     fitting = [c for c in fallbacks if shared_memory(problem, c) <= SHARED_MEMORY]
@@ -150,13 +162,24 @@ def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
 
 
 def _self_loading(problem: Problem, warpgroups: int) -> bool:
-    """Whether the only consumer loads by itself: where several CTAs of such tiles fit in a multiprocessor.
+    """Whether the only consumer loads by itself: where several such tiles fit in a multiprocessor.
 
-    Three do up to 64 numbers a head, two up to 128, which was measured 1.29 times faster than one and a producer.
+    With up to 128 numbers a head two do, which was measured 1.29 times faster than one and a producer.
     """
     wide = max(problem.qk_dim, problem.v_dim) > 128
     persistent = problem.option("persistent", False)
     return problem.blocks is not None and warpgroups == 1 and not wide and not persistent
+
+
+def _workers(problem: Problem, self_loading: bool) -> int:
+    """Consumers with tiles of their own in a CTA: as many as a multiprocessor has room for.
+
+    They walk over tiles that are dealt out in advance, which is to be good for the mask (see `_persistent`).
+    """
+    wide = max(problem.qk_dim, problem.v_dim) > 128
+    if not self_loading or wide or not problem.option("persistent", _persistent(problem)):
+        return 1
+    return WORKERS if _narrow(problem) else WORKERS // 2
 
 
 def _persistent(problem: Problem) -> bool:
@@ -174,10 +197,18 @@ def _checked(problem: Problem, config: Config) -> Config:
         raise NotImplementedError(
             f"The kernel runs 1, 2 or 3 consumer warpgroups, but {config.warpgroups} were asked for."
         )
-    if config.self_loading and (config.warpgroups != 1 or config.persistent):
+    if config.self_loading and config.warpgroups != 1:
         raise NotImplementedError(
-            "A kernel whose consumer loads by itself has one warpgroup and a CTA for each tile, but kernel "
-            f"options ask for {config.warpgroups} warpgroups and persistent={config.persistent}."
+            "Consumers that load by themselves have one warpgroup for each tile, but kernel options ask for "
+            f"{config.warpgroups} warpgroups."
+        )
+    if not 1 <= config.workers <= WORKERS or (
+        config.workers > 1 and not (config.self_loading and config.persistent)
+    ):
+        raise NotImplementedError(
+            f"A CTA has at most {WORKERS} consumers with tiles of their own, which load by themselves and walk "
+            f"over many tiles, but kernel options ask for workers={config.workers}, "
+            f"self_loading={config.self_loading} and persistent={config.persistent}."
         )
     if config.kv_tile not in KV_TILES:
         raise NotImplementedError(

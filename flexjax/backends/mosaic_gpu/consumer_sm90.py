@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -16,7 +17,8 @@ from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
 from flexjax.backends.mosaic_gpu.registers import TILE
-from flexjax.backends.mosaic_gpu.schedule import Steps, TilePosition
+from flexjax.backends.mosaic_gpu.schedule import TilePosition, Work
+from flexjax.backends.mosaic_gpu.self_loading_sm90 import Following, SelfLoading, Start
 from flexjax.backends.mosaic_gpu.softmax import State
 from flexjax.backends.mosaic_gpu.trusting import Bias
 from flexjax.backends.mosaic_gpu.wgmma_sm90 import Tiles
@@ -34,24 +36,6 @@ class Accumulation(NamedTuple):
     out: Any
     p: Any
     state: State
-
-
-# The first key of the step that takes over a stage, and whether there is one; None with a producer.
-Following = tuple[Any, Any] | None
-
-
-class Work(NamedTuple):
-    """A tile.
-
-    Attributes:
-        position: where it lies.
-        steps: what it visits.
-        begin: steps of the CTA's tiles before it.
-    """
-
-    position: TilePosition
-    steps: Steps
-    begin: Any
 
 
 class _Allowed(NamedTuple):
@@ -77,7 +61,7 @@ class _Allowed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Consumer:
-    """A warpgroup that computes 64 queries of every tile.
+    """A warpgroup that computes 64 queries of every tile of the CTA, or all queries of tiles of its own.
 
     Attributes:
         kernel, inputs, outputs, buffers: what it works with.
@@ -121,16 +105,42 @@ class Consumer:
         if self._takes_turns:  # the first turn is the first warpgroup's
             last = self.kernel.config.warpgroups - 1
             pl.when(self.warpgroup == last)(lambda: registers.give_turn_to(jnp.int32(0)))
-        self.kernel.schedule.for_each_tile(cta, self._tile)
+        if self.kernel.config.self_loading:
+            self._load_and_walk(cta)
+        else:
+            self.kernel.schedule.for_each_tile(
+                cta, lambda tile, begin: self._tile(self._work(tile, begin))
+            )
         plgpu.wait_smem_to_gmem(0)
 
-    def _tile(self, tile: Any, begin: Any) -> Any:
+    def _load_and_walk(self, cta: Any) -> None:
+        """Computes tiles, and loads each one's first steps when the one before it has no more of its own."""
+        schedule, loading = self.kernel.schedule, self._loading
+        if not self.kernel.config.persistent:
+            work = self._work(cta, jnp.int32(0))
+            loading.load(loading.start_of(work))
+            self._tile(work)
+            return
+        walk = schedule.walk(self.warpgroup * schedule.ctas + cta)
+
+        def start(i: Any, begin: Any) -> Start:
+            # Behind the last tile stands any other, which is not wanted.
+            tile = jnp.minimum(walk.tile(i), schedule.tiles - 1)
+            return loading.start_of(self._work(tile, begin), i < walk.count)
+
+        def visit(i: Any, begin: Any) -> Any:
+            return self._tile(self._work(walk.tile(i), begin), lambda end: start(i + 1, end))
+
+        loading.load(start(jnp.int32(0), jnp.int32(0)))
+        lax.fori_loop(0, walk.count, visit, jnp.int32(0))
+
+    def _work(self, tile: Any, begin: Any) -> Work:
+        return self.kernel.schedule.work(self.inputs.lists, tile, begin)
+
+    def _tile(self, work: Work, start_next: Callable[[Any], Start] | None = None) -> Any:
+        """Computes a tile; `start_next` tells, from the steps so far, what a consumer then has to load."""
         kernel, buffers = self.kernel, self.buffers
-        position = kernel.schedule.position(tile)
-        steps = kernel.schedule.steps(self.inputs.lists, position)
-        work = Work(position, steps, begin)
-        if kernel.config.self_loading:
-            self._start_loading(work)
+        position, steps, begin = work
         v_dim = buffers.value.shape[-1]
 
         first_key = steps.first_key(0)
@@ -138,10 +148,13 @@ class Consumer:
         if allowed is not None:  # the mask does not count in full blocks
             allowed = allowed.everything_if(steps.masked == 0)
         plgpu.barrier_wait(buffers.query_full.at[self.warpgroup])
-        stage = kernel.stage(begin)
+        stage = self._stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         scores = self._raw_scores(stage)
-        self._key_read(work, 0, self._following(work, 0))
+        if kernel.config.self_loading:
+            self._loading.replace_first_keys(work, self._loading.following(work, 0))
+        else:
+            plgpu.barrier_arrive(buffers.key_free.at[stage])
         slope = self._slope(position)
         if slope is None:
             scores = self._scores(scores, position, first_key, masked=True)
@@ -166,14 +179,19 @@ class Consumer:
         else:
             done = 1
         carry = lax.fori_loop(done, steps.computed, step(False), carry)
-        if kernel.config.persistent:
+        if kernel.config.persistent and not kernel.config.self_loading:
             plgpu.barrier_arrive(buffers.query_free.at[self.warpgroup])
-        stage = kernel.stage(begin + steps.computed - 1)
+        stage = self._stage(work.end - 1)
+        start = None if start_next is None else start_next(work.end)
         plgpu.barrier_wait(buffers.value_full.at[stage])
         out = self._add_product(carry.out, carry.p, stage)
-        self._value_read(work, steps.computed - 1)
+        if start is not None:
+            self._loading.wait_for_warps()
+            self._loading.load(start)
+        elif not kernel.config.self_loading:
+            plgpu.barrier_arrive(buffers.value_free.at[stage])
         self._store(out, carry.state, position, steps.count > 0)
-        return begin + steps.computed
+        return work.end
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -183,21 +201,23 @@ class Consumer:
         """Scores and softmax of step `number` of a tile; the product with the values of the one before."""
         kernel, buffers, softmax = self.kernel, self.buffers, self.kernel.softmax
         position = work.position
-        stage = kernel.stage(work.begin + number)
-        previous = kernel.stage(work.begin + number - 1)
-        following = self._following(work, number)
+        stage = self._stage(work.begin + number)
+        previous = self._stage(work.begin + number - 1)
+        loads = kernel.config.self_loading
+        following = self._loading.following(work, number) if loads else None
         plgpu.barrier_wait(buffers.key_full.at[stage])
         first_key = self._copies.first_key(work.steps, number, stage)
         if kernel.config.interpret:
             scores = self._raw_scores(stage)
             plgpu.barrier_wait(buffers.value_full.at[previous])
             out = self._add_product(carry.out, carry.p, previous)
-            self._key_read(work, number, following)
             scores = self._scores(scores, position, first_key, masked)
             if masked:
                 scores = self._hide(scores, self._allowed(position, first_key), first_key)
             p, state, alpha = softmax.searching(scores, carry.state)
-            self._value_read(work, number - 1)
+            if not loads:
+                plgpu.barrier_arrive(buffers.key_free.at[stage])
+            self._values_read(work, number, following)
             return Accumulation(
                 softmax.rescaled(out, alpha), p.astype(kernel.problem.q_dtype), state
             )
@@ -213,7 +233,8 @@ class Consumer:
         bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None
         scores = wgmma_sm90.awaited(scores, later=1)
-        self._key_read(work, number, following)
+        if not loads:
+            plgpu.barrier_arrive(buffers.key_free.at[stage])
         if bias is None:
             scores = self._scores(scores, position, first_key, masked)
         if masked:
@@ -229,63 +250,25 @@ class Consumer:
         p, state, alpha = lax.optimization_barrier(new)
         registers.keep_above_next_wait(state.total)
         out = wgmma_sm90.awaited(out)
-        self._value_read(work, number - 1)
+        self._values_read(work, number, following)
         return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
 
     # -- stages ---------------------------------------------------------------------------------
 
-    def _start_loading(self, work: Work) -> None:
-        """Issues the copies of the queries and of the first steps, where there is no producer."""
-        kernel, copies = self.kernel, self._copies
-        copies.query(work.position, self.warpgroup)
-        firsts = [work.steps.first_key(i) for i in range(kernel.config.stages)]
-        for stage, first_key in enumerate(firsts):
+    def _stage(self, step: Any) -> Any:
+        return self.kernel.stage(step, self.warpgroup)
 
-            @pl.when(stage < work.steps.computed)
-            def _(stage: int = stage, first_key: Any = first_key) -> None:
-                copies.key(work.position, first_key, stage)
-                copies.value(work.position, first_key, stage)
+    @property
+    def _loading(self) -> SelfLoading:
+        return SelfLoading(self.kernel, self._copies, self.warpgroup)
 
-    def _following(self, work: Work, number: Any) -> Following:
-        """What is to take over the stage of a step. Read early, it has arrived when the stage is free."""
-        config = self.kernel.config
-        if not config.self_loading:
-            return None
-        number = number + config.stages
-        return work.steps.first_key(number), number < work.steps.computed
-
-    def _key_read(self, work: Work, number: Any, following: Following) -> None:
-        """Gives away the stage of a step's keys; without a producer, to the keys that follow."""
-        buffers, stage = self.buffers, self.kernel.stage(work.begin + number)
+    def _values_read(self, work: Work, number: Any, following: Following | None) -> None:
+        """Gives away the values of the step before step `number`; without a producer, its keys as well."""
         if following is None:
-            plgpu.barrier_arrive(buffers.key_free.at[stage])
-            return
-        first_key, wanted = following
-
-        @pl.when(wanted)
-        def _() -> None:
-            # The other warps of the warpgroup have to have read it, too.
-            plgpu.barrier_arrive(buffers.key_free.at[0])
-            plgpu.barrier_wait(buffers.key_free.at[0])
-            self._copies.key(work.position, first_key, stage)
-
-    def _value_read(self, work: Work, number: Any) -> None:
-        """The same for the values of a step."""
-        buffers, config = self.buffers, self.kernel.config
-        stage, following = self.kernel.stage(work.begin + number), number + config.stages
-        if not config.self_loading:
-            plgpu.barrier_arrive(buffers.value_free.at[stage])
-            return
-
-        @pl.when(following < work.steps.computed)
-        def _() -> None:
-            plgpu.barrier_arrive(buffers.value_free.at[0])
-            plgpu.barrier_wait(buffers.value_free.at[0])
-            if config.stages > 1:  # their keys are on their way, so that the stage knows them
-                first_key = self._copies.first_key(work.steps, following, stage)
-            else:
-                first_key = work.steps.first_key(following)
-            self._copies.value(work.position, first_key, stage)
+            previous = self._stage(work.begin + number - 1)
+            plgpu.barrier_arrive(self.buffers.value_free.at[previous])
+        else:
+            self._loading.replace(work, number, following)
 
     def _raw_scores(self, stage: Any) -> Any:
         """Q K^T of one stage."""
@@ -342,7 +325,7 @@ class Consumer:
         return emit.on_tile(graph, self.inputs.score_captures, tile)[0]
 
     def _first_query(self, position: TilePosition) -> Any:
-        return position.q * self.kernel.config.q_tile + self.warpgroup * WARPGROUP_ROWS
+        return self.kernel.first_query(position, self.warpgroup)
 
     def _slope(self, position: TilePosition) -> Any:
         """The slope of a linear bias, in units of log2; None without one."""

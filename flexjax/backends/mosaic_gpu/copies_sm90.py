@@ -27,7 +27,7 @@ class Copies:
     def query(self, position: TilePosition, warpgroup: Any) -> None:
         """The queries of one consumer."""
         buffers = self.buffers
-        first = position.q * self.kernel.config.q_tile + warpgroup * WARPGROUP_ROWS
+        first = self.kernel.first_query(position, warpgroup)
         where = rows(
             self.kernel.problem, self.inputs.query, position.b, position.h, first, WARPGROUP_ROWS
         )
@@ -67,6 +67,8 @@ class Copies:
     ) -> None:
         schedule, kv_tile = self.kernel.schedule, self.kernel.config.kv_tile
         b, h = schedule.kv_row(position)
-        first = pl.multiple_of(schedule.inside(first_key), kv_tile)
+        first = schedule.inside(first_key)
+        if not isinstance(first, int):
+            first = pl.multiple_of(first, kv_tile)
         where = rows(self.kernel.problem, source, b, h, first, kv_tile)
         plgpu.copy_gmem_to_smem(where, target.at[stage], full.at[stage])

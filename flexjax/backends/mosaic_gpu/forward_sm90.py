@@ -15,9 +15,9 @@ so that the matrix products of a warpgroup run under its own softmax, and the wa
 (FlashAttention-3, arXiv:2407.08608). Masked steps come before the others; schedule.py says which steps
 there are, softmax.py how P is computed.
 
-Blocks of 64 queries leave work for one consumer only. It then issues the copies itself, into a stage as soon as it
-has read it, and needs so few registers and so little shared memory that two or three CTAs share a multiprocessor:
-one computes while another starts, waits for keys or stores, which is what rows of few blocks are made of.
+Blocks of 64 queries leave work for one consumer only. It then issues the copies itself (self_loading_sm90.py), and
+needs so few registers and so little shared memory that several share a multiprocessor: one computes while
+another starts, waits for keys or stores, which is what rows of few blocks are made of.
 
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `_drain`. A tile without
 steps computes one step on some block and drops the result by selection.
@@ -96,7 +96,7 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         outputs,
         kernel.buffers(query.shape[-1], value.shape[-1]),
         ctas=schedule.ctas,
-        warpgroups=config.warpgroups + (not config.self_loading),
+        warpgroups=config.workers if config.self_loading else config.warpgroups + 1,
         approx_math=config.approx_math,
         interpret=config.interpret,
     )
@@ -110,7 +110,8 @@ def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> 
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     consumers = kernel.config.warpgroups
     if kernel.config.self_loading:
-        Consumer.of(kernel, inputs, outputs, buffers, 0).run(cta)
+        number = warpgroup if kernel.config.workers > 1 else 0
+        Consumer.of(kernel, inputs, outputs, buffers, number).run(cta)
         return
     limits = configs.REGISTERS[consumers]
 

@@ -13,7 +13,7 @@ from flexjax.backends.mosaic_gpu import config as configs
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
 from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, tiles
 from flexjax.backends.mosaic_gpu.linear_bias import LinearBias, linear_bias
-from flexjax.backends.mosaic_gpu.schedule import Schedule
+from flexjax.backends.mosaic_gpu.schedule import Schedule, TilePosition
 from flexjax.backends.mosaic_gpu.simplify import Scores, simplify
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E, Softmax
 from flexjax.problem import Problem
@@ -42,14 +42,15 @@ class Buffers(NamedTuple):
     """Shared memory and barriers.
 
     Attributes:
-        query: [warpgroups, 64, D].
-        key, value: [stages, kv_tile, D or Dv].
-        out: [warpgroups, 64, Dv], or empty where the output takes the queries' place.
-        probabilities: [warpgroups, 64, kv_tile] in the interpreter, or empty.
+        query: [consumers, 64, D].
+        key, value: [stages, kv_tile, D or Dv]; consumers that load by themselves have stages of their own.
+        out: [consumers, 64, Dv], or empty where the output takes the queries' place.
+        probabilities: [consumers, 64, kv_tile] in the interpreter, or empty.
         kv_number: int32 [stages], which tile of keys a stage holds; empty without block lists.
-        query_full, query_free: one barrier a warpgroup.
-        key_full, value_full: one barrier a stage.
-        key_free, value_free: one barrier a stage; a single one where the consumer itself loads.
+        query_full, query_free: one barrier a consumer.
+        key_full, value_full, key_free, value_free: one barrier a stage.
+
+    With a producer only, somebody waits for what is free.
     """
 
     query: Any
@@ -112,8 +113,8 @@ class Kernel:
 
     def buffers(self, dim: int, v_dim: int) -> tuple[Any, ...]:
         config, dtype = self.config, self.problem.q_dtype
-        n, stages, kv_tile = config.warpgroups, config.stages, config.kv_tile
-        freed = 1 if config.self_loading else stages
+        n, stages = config.warpgroups * config.workers, config.stages * config.workers
+        kv_tile = config.kv_tile
         own_out = configs.own_output_buffer(self.problem, config.persistent)
         return Buffers(
             query=tiles(dtype, n, WARPGROUP_ROWS, dim),
@@ -125,11 +126,22 @@ class Kernel:
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),
-            key_free=barriers(freed, n),
+            key_free=barriers(stages, n),
             value_full=barriers(stages),
-            value_free=barriers(freed, n),
+            value_free=barriers(stages, n),
         )
 
-    def stage(self, step: Any) -> Any:
-        """The stage of a step, counted over all tiles of the CTA."""
-        return lax.rem(step, jnp.int32(self.config.stages))
+    def stage(self, step: Any, consumer: Any = 0) -> Any:
+        """The stage of a step, counted over all tiles of the CTA, or of a consumer that loads by itself."""
+        stages = self.config.stages
+        if self.config.self_loading and stages & (stages - 1) == 0:
+            # The compiler does not know that steps are not negative, which makes remainders dear.
+            stage = step & (stages - 1)
+        else:
+            stage = lax.rem(step, jnp.int32(stages))
+        return stage if self.config.workers == 1 else consumer * stages + stage
+
+    def first_query(self, position: TilePosition, consumer: Any) -> Any:
+        """The first of a consumer's 64 queries of a tile."""
+        part = 0 if self.config.self_loading else consumer
+        return position.q * self.config.q_tile + part * WARPGROUP_ROWS

@@ -335,8 +335,13 @@ def publish_and_meet(warpgroups: int) -> None:
     meet()
 
 
-def _named_barrier(instruction: str, number: Any) -> None:
-    threads = 2 * WARPGROUP  # those who wait and those who hand over
+def wait_for_own_warps(warpgroup: Any) -> None:
+    """Waits until all warps of this warpgroup are here, in kernels without turns."""
+    _named_barrier("bar.sync", warpgroup, WARPGROUP)
+
+
+def _named_barrier(instruction: str, number: Any, threads: int = 2 * WARPGROUP) -> None:
+    """By default of a warpgroup that waits and one that hands over."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def barrier(_: Any, n: Any) -> None:

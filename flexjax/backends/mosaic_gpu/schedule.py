@@ -59,6 +59,37 @@ class Steps(NamedTuple):
         return jnp.maximum(self.count, 1)
 
 
+class Work(NamedTuple):
+    """A tile to be computed.
+
+    Attributes:
+        position: where it lies.
+        steps: what it visits.
+        begin: steps of the tiles before it, of the same CTA or consumer.
+    """
+
+    position: TilePosition
+    steps: Steps
+    begin: Any
+
+    @property
+    def end(self) -> Any:
+        """Where the next tile begins."""
+        return self.begin + self.steps.computed
+
+
+class Walk(NamedTuple):
+    """Tiles that are computed one after the other.
+
+    Attributes:
+        count: how many there are; perhaps none.
+        tile: from a number below that to a tile.
+    """
+
+    count: Any
+    tile: Callable[[Any], Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The tiles and steps of a problem under a configuration."""
@@ -88,7 +119,8 @@ class Schedule:
 
     @property
     def ctas(self) -> int:
-        return min(self.tiles, self.config.cores) if self.config.persistent else self.tiles
+        needed = cdiv(self.tiles, self.config.workers)
+        return min(needed, self.config.cores) if self.config.persistent else needed
 
     @property
     def overhang(self) -> bool:
@@ -111,21 +143,28 @@ class Schedule:
     # -- tiles ----------------------------------------------------------------------------------
 
     def for_each_tile(self, cta: Any, visit: Callable[[Any, Any], Any]) -> Any:
-        """Folds `carry = visit(tile, carry)` over the CTA's tiles; the carry starts from 0.
-
-        A persistent grid is walked to and fro: the CTA that got the longest tile of one round gets the shortest
-        of the next.
-        """
+        """Folds `carry = visit(tile, carry)` over the CTA's tiles; the carry starts from 0."""
         if not self.config.persistent:
             return visit(cta, jnp.int32(0))
-        ctas, rounds = self.ctas, cdiv(self.tiles, self.ctas)
+        walk = self.walk(cta)
+        return lax.fori_loop(
+            0, walk.count, lambda i, carry: visit(walk.tile(i), carry), jnp.int32(0)
+        )
 
-        def nth(i: Any) -> Any:
+    def walk(self, number: Any) -> Walk:
+        """The tiles of one CTA, or of one of the consumers that have tiles of their own, by its number.
+
+        A persistent grid is walked to and fro: who got the longest tile of a round gets the shortest of the next.
+        """
+        walkers = self.ctas * self.config.workers
+        rounds = cdiv(self.tiles, walkers)
+
+        def tile(i: Any) -> Any:
             forth = lax.rem(i, jnp.int32(2)) == 0
-            return i * ctas + jnp.where(forth, cta, ctas - 1 - cta)
+            return i * walkers + jnp.where(forth, number, walkers - 1 - number)
 
-        count = rounds - (nth(jnp.int32(rounds - 1)) >= self.tiles).astype(jnp.int32)
-        return lax.fori_loop(0, count, lambda i, carry: visit(nth(i), carry), jnp.int32(0))
+        count = rounds - (tile(jnp.int32(rounds - 1)) >= self.tiles).astype(jnp.int32)
+        return Walk(count, tile)
 
     def position(self, tile: Any) -> TilePosition:
         """Where a tile lies.
@@ -138,6 +177,11 @@ class Schedule:
         bh, row = lax.rem(tile, heads), lax.div(tile, heads)
         b, h = lax.div(bh, jnp.int32(p.q_heads)), lax.rem(bh, jnp.int32(p.q_heads))
         return TilePosition(b, h, self.q_tiles - 1 - row)
+
+    def work(self, lists: Any, tile: Any, begin: Any) -> Work:
+        """What is to be done for a tile; `lists` as for `steps`."""
+        position = self.position(tile)
+        return Work(position, self.steps(lists, position), begin)
 
     def kv_row(self, position: TilePosition) -> tuple[Any, Any]:
         """Batch row and head of the keys."""

@@ -278,7 +278,7 @@ class _Step:
 
     def _biased(self, linear: _Linear) -> list[list[list[ir.Value]]]:
         """Exponents of the rows' pairs, less the bias at the tile's first key."""
-        c, start = registers.f32(self.factor), linear.at_lead()
+        c, start = registers.f32(self.factor), _here(linear.at_lead())
         return [
             [
                 [
@@ -350,6 +350,17 @@ def _top(pairs: list[list[ir.Value]]) -> ir.Value:
 
 def _whole(partial: ir.Value) -> ir.Value:
     return registers.across_lanes(arith.addf, partial)
+
+
+def _here(value: ir.Value) -> ir.Value:
+    """The value, so that what is computed of it is computed here.
+
+    LLVM would compute it before the loop, as the value is the same in all steps, and a branch that is seldom taken
+    would hold a register for every key in all of them.
+    """
+    return llvm.inline_asm(
+        value.type, [value], "mov.f32 $0, $1;", "=f,f", asm_dialect=0, has_side_effects=True
+    )
 
 
 def _pack(pair: list[ir.Value], dtype: np.dtype) -> ir.Value:

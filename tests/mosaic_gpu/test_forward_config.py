@@ -1,0 +1,66 @@
+"""What the heuristics choose for the forward kernel, and options that they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexjax import create_block_mask, masks
+from flexjax.backends.mosaic_gpu import config
+from tests.mosaic_gpu.problems import problem_of
+
+IDS = np.repeat(np.arange(4, dtype=np.int32), 128)
+
+
+def document(b, h, q_idx, kv_idx):
+    return jnp.asarray(IDS)[q_idx] == jnp.asarray(IDS)[kv_idx]
+
+
+def choose(dim, block=128, mask=None, **options):
+    query = jax.ShapeDtypeStruct((2, 4, 512, dim), jnp.bfloat16)
+    mask = create_block_mask(mask or masks.causal(), None, None, 512, 512, block)
+    return config.choose(problem_of(query, query, query, block_mask=mask, options=options)[0])
+
+
+@pytest.mark.parametrize(
+    ("dim", "block", "mask", "self_loading", "workers", "persistent"),
+    [
+        (64, 128, None, False, 1, True),
+        (64, 64, None, True, 4, True),
+        (32, 64, document, True, 4, True),
+        (128, 64, None, True, 2, True),
+        (128, 64, document, True, 1, False),
+        (256, 64, None, False, 1, True),
+    ],
+)
+def test_kinds_of_kernels(dim, block, mask, self_loading, workers, persistent):
+    """With blocks of 64 queries consumers load by themselves, four to a CTA, or two."""
+    chosen = choose(dim, block, mask)
+    found = chosen.self_loading, chosen.workers, chosen.persistent
+    assert found == (self_loading, workers, persistent)
+
+
+def test_tiles_by_themselves():
+    """Without a persistent grid a CTA has one tile, and other CTAs beside it."""
+    chosen = choose(64, 64, persistent=False)
+    assert (chosen.self_loading, chosen.workers, chosen.stages) == (True, 1, 4)
+
+
+def test_more_buffers_than_fit():
+    """The overlap of tiles is given up before what was asked for is refused."""
+    chosen = choose(256)
+    assert (chosen.stages, chosen.persistent) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 5}, "at most 4 consumers with tiles of their own"),
+        ({"workers": 4, "persistent": False}, "workers=4, self_loading=True and persistent=False"),
+        ({"workers": 4, "stages": 4}, "327680 bytes of shared memory"),
+        ({"self_loading": True, "warpgroups": 2}, "options ask for 2 warpgroups"),
+    ],
+)
+def test_refused(options, words):
+    with pytest.raises(NotImplementedError, match=words):
+        choose(64, **({"block": 64} | options))
