@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import records
 from benchmarks.panels import Rows, Values, colour, figure_of, legend, ordered, panels_of_bars
 from benchmarks.suite_plots import bandwidth_bars, mask_lines, token_bars
-from benchmarks.table import ATTENTION, by_default, case_key, is_ours, ours
+from benchmarks.table import ATTENTION, by_case, by_default, case_key, is_ours, last_runs, ours
 from benchmarks.targets import shape_name, target
 from benchmarks.variants import SHAPES
 
@@ -56,13 +56,12 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
 
 
 def latest(rows: Rows) -> Rows:
-    """The timed rows of each case's last run by default, for ratios are taken inside a run only."""
-    timed = [row for row in by_default(rows) if "ms" in row]
-    last: dict[Any, str] = {}
-    for row in timed:
-        key = case_key(row)
-        last[key] = max(last.get(key, ""), row["run"])
-    return [row for row in timed if row["run"] == last[case_key(row)]]
+    """The timed rows of each case's last runs by default."""
+    cases: dict[Any, list[Rows]] = {}
+    for case in by_case(by_default(rows)):
+        cases.setdefault(case_key(case[0]), []).append(case)
+    last = (case for runs in cases.values() for case in last_runs(runs))
+    return [row for case in last for row in case if "ms" in row]
 
 
 def tflops_bars(rows: Rows) -> Any:
@@ -148,8 +147,11 @@ def _values(rows: Rows, value: Callable[..., Any]) -> Values:
         cases.setdefault(row["variant"], []).append(row)
     values: Values = {}
     for variant, case in cases.items():
-        mine = ours(case)
-        found = {row["peer"]: value(row, mine) for row in case}
+        # Ratios are taken inside a run only.
+        runs = {run: [row for row in case if row["run"] == run] for run in {r["run"] for r in case}}
+        mine = {run: ours(found) for run, found in runs.items()}
+        case = sorted(case, key=lambda row: row["run"])
+        found = {row["peer"]: value(row, mine[row["run"]]) for row in case}
         found = {peer: height for peer, height in found.items() if height is not None}
         if found:
             values[variant] = found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.table import by_case, by_default, case_key, is_ours, ours
+from benchmarks.table import by_case, by_default, case_key, is_ours, last_runs, ours
 from benchmarks.targets import shape_name
 
 Rows = list[dict[str, Any]]
@@ -75,15 +75,13 @@ def _tables(suite: str, rows: Rows) -> list[str]:
 
 
 def _last(suite: str, rows: Rows) -> list[Rows]:
-    """The rows of each case's last run."""
-    cases: dict[Any, Rows] = {}
+    """The rows of each case's last runs."""
+    cases: dict[Any, list[Rows]] = {}
     for case in by_case(rows):
         # Masks have a case for each block size; attentions give that of a peer, which differs.
         block = tuple(case[0].get("block_size", ())) if suite == "mask" else ()
-        key = (case_key(case[0]), block)
-        if key not in cases or cases[key][0]["run"] <= case[0]["run"]:
-            cases[key] = case
-    return list(cases.values())
+        cases.setdefault((case_key(case[0]), block), []).append(case)
+    return [case for runs in cases.values() for case in last_runs(runs)]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -45,6 +45,19 @@ def by_case(rows: Rows) -> list[Rows]:
     return list(cases.values())
 
 
+def last_runs(runs: list[Rows]) -> list[Rows]:
+    """Of several runs of a case the last one, and those of the same commit with peers that no later one has."""
+    chosen: list[Rows] = []
+    seen: set[str] = set()
+    for case in sorted(runs, key=lambda case: case[0]["run"], reverse=True):
+        peers = {row["peer"] for row in case}
+        same = not chosen or case[0].get("commit") == chosen[0][0].get("commit")
+        if same and peers - seen:
+            chosen.append(case)
+            seen |= peers
+    return chosen[::-1]
+
+
 def ours(case: Rows) -> dict[str, Any] | None:
     """flexjax's timed row of a case, the fastest if there are several."""
     timed = [row for row in case if is_ours(row) and "ms" in row]

@@ -379,7 +379,25 @@ def test_ratios_are_taken_inside_the_last_run_of_a_case():
         _row("torch_flex", 2.0),
         _row("fa3", None, failure="crashed"),
     ]
-    assert [row["ms"] for row in plots.latest(rows)] == [8.0, 1.0, 2.0]
+    assert sorted(row["ms"] for row in plots.latest(rows)) == [1.0, 2.0, 8.0]
+
+
+def test_other_peers_of_the_same_commit_are_kept_with_the_run_that_they_are_of():
+    first, second = ({"commit": "new", "run": f"20261123T10000{n}"} for n in range(2))
+    rows = [
+        _row("flexjax/mosaic_gpu", 9.0, commit="old"),
+        _row("fa3", 9.0, commit="old"),
+        _row("flexjax/mosaic_gpu", 4.0, **first),
+        _row("torch_flex", 8.0, **first),
+        _row("flexjax/mosaic_gpu", 2.0, **second),
+        _row("tokamax", 6.0, **second),
+    ]
+    assert plots.latest(rows) == rows[2:]
+    found = plots._values(rows[2:], plots._ratio)["causal"]
+    assert {peer: ratio for peer, (ratio, _) in found.items()} == {
+        "torch_flex": 2.0,
+        "tokamax": 3.0,
+    }
 
 
 def test_a_run_with_kernel_options_takes_no_default_rows_place():
