@@ -20,11 +20,11 @@ global memory are in an order of their own (dq_tiles.py).
 
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
 rows, that share keys are walked over one after another, so that their sum costs nothing; where that leaves part of
-the machine without a column, by several CTAs, whose sums, rounded to the keys' dtype, are added up by XLA. With a
-block mask and heads of at most 64, CTAs are persistent and take one column after the other. Heads wider than 128
-need more registers: see backward_wide_sm90.py. The last warpgroup, the *producer*, copies Q, dO, the logsumexp and
-D into a ring of shared-memory stages. Where a column is 64 keys of narrow heads, its only consumer does that
-itself, and two CTAs share a multiprocessor.
+the machine without a column, by several CTAs, whose sums, rounded to the keys' dtype, are added up by XLA. With heads
+of at most 64, CTAs are persistent and take one column after the other, and most of them round dQ as well
+(dq_rounder_sm90.py). Heads wider than 128 need more registers: see backward_wide_sm90.py. The warpgroup behind the
+consumers, the *producer*, copies Q, dO, the logsumexp and D into a ring of shared-memory stages. Where a column is
+64 keys of narrow heads, its only consumer does that itself, and two CTAs share a multiprocessor.
 
 dQ is thus added up in an order that changes from run to run. For the deterministic variant a warp beside the
 producer adds the shares in the order of the columns (dq_adder_sm90.py) or, where there is a block mask, dQ is left
