@@ -20,8 +20,8 @@ global memory are in an order of their own (dq_tiles.py).
 
 dK and dV stay in registers (FlashAttention-3, arXiv:2407.08608, is built like this). Several query heads, or batch
 rows, that share keys are walked over one after another, so that their sum costs nothing; where that leaves part of
-the machine without a column, by several CTAs, whose sums, rounded to the keys' dtype, are added up by XLA. With heads
-of at most 64, CTAs are persistent and take one column after the other, and most of them round dQ as well
+the machine without a column, by several CTAs, whose sums, rounded to the keys' dtype, are added up by XLA. With
+heads of at most 64, CTAs are persistent and take one column after the other, and most of them round dQ as well
 (dq_rounder_sm90.py). Heads wider than 128 need more registers: see backward_wide_sm90.py. The warpgroup behind the
 consumers, the *producer*, copies Q, dO, the logsumexp and D into a ring of shared-memory stages. Where a column is
 64 keys of narrow heads, its only consumer does that itself, and two CTAs share a multiprocessor.
