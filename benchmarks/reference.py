@@ -23,7 +23,7 @@ FLOOR = 1e-3  # relative error that half precision is always allowed
 _CHUNK_SCORES = 1 << 26
 
 # A matrix product that is run once need not be tuned; the tuning would take longer than the run.
-_OPTIONS = {"xla_gpu_autotune_level": 0}
+UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def reference_heads(
     captures = variant.captures(shape)
     references = []
     with jax.enable_x64(True):
-        run = jax.jit(functools.partial(_head, variant, shape), compiler_options=_OPTIONS)
+        run = jax.jit(functools.partial(_head, variant, shape), compiler_options=UNTUNED)
         for b, h in checked_heads(shape):
             operands = query[b, h], key[b, h // group], value[b, h // group]
             exact, dense = (
@@ -81,7 +81,7 @@ def reference_gradients(
     captures = variant.captures(shape)
     references = []
     with jax.enable_x64(True):
-        run = jax.jit(functools.partial(_head_gradients, variant, shape), compiler_options=_OPTIONS)
+        run = jax.jit(functools.partial(_head_gradients, variant, shape), compiler_options=UNTUNED)
         for b, h in checked_heads(shape):
             operands = *(x[b, h] for x in inputs), cotangent[b, h]
             exact, dense = run(*operands, captures, np.int32(b), np.int32(h))
