@@ -7,6 +7,7 @@ import pytest
 
 from flexjax import create_block_mask, masks
 from flexjax.backends.mosaic_gpu import config
+from flexjax.backends.mosaic_gpu.schedule import Schedule
 from tests.mosaic_gpu.problems import problem_of
 
 IDS = np.repeat(np.arange(4, dtype=np.int32), 128)
@@ -25,8 +26,10 @@ def choose(dim, block=128, mask=None, **options):
 @pytest.mark.parametrize(
     ("dim", "block", "mask", "self_loading", "workers", "persistent"),
     [
-        (64, 128, None, False, 1, True),
+        (64, 128, None, True, 4, True),
         (64, 64, None, True, 4, True),
+        (64, 128, document, True, 4, True),
+        (128, 128, None, False, 1, True),
         (32, 64, document, True, 4, True),
         (128, 64, None, True, 2, True),
         (128, 64, document, True, 1, False),
@@ -34,10 +37,31 @@ def choose(dim, block=128, mask=None, **options):
     ],
 )
 def test_kinds_of_kernels(dim, block, mask, self_loading, workers, persistent):
-    """With blocks of 64 queries consumers load by themselves, four to a CTA, or two."""
+    """Narrow heads, or blocks of 64 queries: consumers load by themselves, four to a CTA, or two."""
     chosen = choose(dim, block, mask)
     found = chosen.self_loading, chosen.workers, chosen.persistent
     assert found == (self_loading, workers, persistent)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"self_loading": False}, (2, False, 1, 4)),
+        ({"kv_tile": 128}, (2, False, 1, 4)),
+        ({"stages": 3}, (1, True, 1, 3)),
+    ],
+)
+def test_what_options_bring_along(options, found):
+    """What four consumers of a CTA have no room for, fewer compute."""
+    chosen = choose(64, **options)
+    assert (chosen.warpgroups, chosen.self_loading, chosen.workers, chosen.stages) == found
+
+
+def test_few_tiles_go_to_different_multiprocessors():
+    query = jax.ShapeDtypeStruct((1, 2, 512, 64), jnp.bfloat16)
+    problem, _ = problem_of(query, query, query)
+    assert Schedule(problem, config.choose(problem, cores=132)).ctas == 16
+    assert Schedule(problem, config.choose(problem, cores=5)).ctas == 5
 
 
 def test_tiles_by_themselves():

@@ -62,6 +62,35 @@ def infinite_where_masked(score, b, h, q_idx, kv_idx):
     return jnp.where(kv_idx > q_idx, jnp.where(kv_idx % 2 == 0, jnp.nan, jnp.inf), score)
 
 
+def symmetric(score, b, h, q_idx, kv_idx):
+    """Grows by 45 units of log2 every 64 keys, before the query's own."""
+    return score - 0.5 * jnp.abs(q_idx - kv_idx)
+
+
+def ever_faster(score, b, h, q_idx, kv_idx):
+    return score + (kv_idx / 20.0) ** 2
+
+
+def by_key(score, b, h, q_idx, kv_idx):
+    values = jnp.asarray(np.random.default_rng(3).normal(0, 2, (2, 1003)), jnp.float32)
+    return score + values[h, kv_idx]
+
+
+def by_two_keys(score, b, h, q_idx, kv_idx):
+    values = np.random.default_rng(3).normal(0, 2, (2, 1003))
+    gate, decay = (jnp.asarray(x, jnp.bfloat16) for x in (np.exp(0.1 * values), values))
+    return score * gate[h, kv_idx] + jnp.where(q_idx > kv_idx, decay[h, kv_idx], 0.25)
+
+
+def by_query(score, b, h, q_idx, kv_idx):
+    values = jnp.asarray(np.random.default_rng(3).normal(0, 1, (2, 1003)), jnp.float32)
+    return jnp.tanh(score * values[h, q_idx]) + jnp.tanh(values[h, 0]) * score
+
+
+def gated(score, b, h, q_idx, kv_idx):
+    return jnp.tanh(score * jnp.asarray([1.5, -0.5])[h]) * 2.0
+
+
 def table(score, b, h, q_idx, kv_idx):
     values = jnp.asarray(np.random.default_rng(0).standard_normal(2047), jnp.float32)
     return score + values[q_idx - kv_idx + 1006]
@@ -136,6 +165,7 @@ LENGTHS = [
     Case("one_key", q_len=70, kv_len=1),
     Case("len_37_causal", q_len=37, mask=causal),
     Case("len_64", q_len=64),
+    Case("len_128_64", q_len=128, kv_len=64, heads=3, dim=32),
     Case("len_128_causal", q_len=128, mask=causal),
     Case("len_257", q_len=257),
     Case(
@@ -213,6 +243,27 @@ SCORES = [
     Case("soft_cap", score=scores.soft_cap(2.0), mask=causal, q_len=400),
     Case("alibi", score=scores.alibi(4), mask=causal, q_len=400, heads=4),
     Case("table", score=table, mask=causal, q_len=1007),
+    Case("symmetric", score=symmetric, q_len=900),
+    Case("symmetric_float16_d128", score=symmetric, q_len=900, dtype="float16", dim=128),
+    Case(
+        "symmetric_window", score=symmetric, mask=masks.sliding_window(400, 400), q_len=900, dim=128
+    ),
+    Case("ever_faster", score=ever_faster, q_len=300, kv_len=1003),
+    Case("ever_faster_float16", score=ever_faster, mask=causal, q_len=1003, dtype="float16"),
+    Case("by_key", score=by_key, q_len=1003, heads=2),
+    Case("by_key_causal", score=by_key, mask=causal, q_len=1003, heads=2, batch=2, dim=128),
+    Case("by_two_keys", score=by_two_keys, mask=causal, q_len=1003, heads=2),
+    Case("by_two_keys_documents", score=by_two_keys, mask=document, q_len=1003, heads=2, dim=128),
+    Case(
+        "by_key_producer",
+        score=by_key,
+        mask=masks.sliding_window(150),
+        q_len=1003,
+        heads=2,
+        options={"self_loading": False},
+    ),
+    Case("by_query", score=by_query, q_len=1003, heads=2),
+    Case("gated", score=gated, mask=causal, q_len=500, heads=2),
     Case("dense_bias", score=dense_bias, q_len=300, kv_len=301, heads=2),
     Case("score_that_hides", score=hides_itself, q_len=500),
     Case("infinite_where_masked", score=infinite_where_masked, mask=causal, q_len=300),
@@ -259,12 +310,18 @@ OPTIONS = [
         (64, {"ping_pong": False}),
         (128, {"stages": 1}),
         (64, {"kv_tile": 64, "stages": 3}),
+        (64, {"kv_tile": 128}),
+        (64, {"self_loading": False, "kv_tile": 64}),
         (128, {"warpgroups": 1}),
         (64, {"approx_math": False}),
     )
 ] + [
     Case("options_warpgroups_3", mask=causal, block=(192, 128), q_len=700, options={"warpgroups": 3}),
     Case("options_warpgroups_3_no_mask", q_len=700, options={"warpgroups": 3, "kv_tile": 64}),
+    Case("producer", score=scores.alibi(4), mask=masks.sliding_window(300), q_len=900, heads=4, batch=2,
+         options={"self_loading": False}),
+    Case("producer_documents", mask=document, q_len=1007, heads=12, batch=4, options={"self_loading": False}),
+    Case("producer_no_mask", q_len=333, kv_len=1003, batch=3, heads=40, options={"self_loading": False}),
 ]  # fmt: skip
 
 ALONE = {"warpgroups": 1, "self_loading": True}

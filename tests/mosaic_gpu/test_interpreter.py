@@ -48,12 +48,12 @@ def by_indices(score, b, h, q_idx, kv_idx):
     return score * scale[b, h] + 0.01 * q_idx
 
 
-ONE = {"warpgroups": 1}
-ALONE = ONE | {"self_loading": True, "stages": 2}
+ONE = {"warpgroups": 1, "self_loading": False}
+ALONE = {"warpgroups": 1, "self_loading": True, "stages": 2}
 
 CASES = [
     Case("noop_two_warpgroups", q_len=128, options={"warpgroups": 2}),
-    Case("causal_two_warpgroups", q_len=130, mask=causal, dim=32),
+    Case("causal_two_warpgroups", q_len=130, mask=causal, dim=32, options={"warpgroups": 2}),
     Case("odd_lengths", q_len=37, kv_len=201, options=ONE),
     Case("one_query_one_key", q_len=1, kv_len=1, dim=16, options=ONE),
     Case("gqa_by_indices", q_len=64, batch=2, heads=2, kv_heads=1, score=by_indices, dim=16, options=ONE),

@@ -102,6 +102,13 @@ def shared_memory(problem: Problem, config: Config) -> int:
     return 2 * numbers * config.workers
 
 
+def values_ahead(problem: Problem, config: Config) -> int:
+    """How many values by key there are registers for while the scores are being computed; see keys_ahead.py."""
+    if config.interpret or max(problem.qk_dim, problem.v_dim) > 128:
+        return 0
+    return 1
+
+
 def choose(problem: Problem, cores: int = CORES) -> Config:
     """The configuration for a problem; its kernel options override the heuristics.
 
@@ -115,7 +122,7 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
     config = Config(
         warpgroups=warpgroups,
         kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups, self_loading)),
-        stages=4 if _narrow(problem) and workers == 1 else 2,
+        stages=problem.option("stages", 4 if _narrow(problem) and workers == 1 else 2),
         persistent=problem.option(
             "persistent", workers > 1 if self_loading else _persistent(problem)
         ),
@@ -127,16 +134,13 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
         self_loading=self_loading,
         workers=workers,
     )
-    stages = problem.option("stages", None)
-    if stages is not None:
-        return _checked(problem, dataclasses.replace(config, stages=stages))
     # What does not fit gives up first the overlap of tiles, then a stage.
     fallbacks = [config]
     asked = dict(problem.options)
     if "persistent" not in asked and asked.get("workers", 1) == 1:
         fallbacks.append(dataclasses.replace(config, persistent=False, workers=1))
-    fallbacks += [dataclasses.replace(c, stages=2) for c in fallbacks]
-    fallbacks += [dataclasses.replace(c, stages=1) for c in fallbacks[:2]]
+    if "stages" not in asked:
+        fallbacks += [dataclasses.replace(c, stages=n) for n in (2, 1) for c in fallbacks[:2]]
     fitting = [c for c in fallbacks if shared_memory(problem, c) <= SHARED_MEMORY]
     return _checked(problem, fitting[0] if fitting else fallbacks[-1])
 
@@ -146,11 +150,17 @@ def _narrow(problem: Problem) -> bool:
 
 
 def _warpgroups(problem: Problem) -> int:
+    """Consumers of a tile. Narrow heads take one, of which several share a multiprocessor: see `_workers`."""
     if problem.blocks is None:
         if problem.q_len <= WARPGROUP_ROWS:
             return 1
-        return 3 if _narrow(problem) else 2
-    return 1 if problem.blocks.geometry.q_block % (2 * WARPGROUP_ROWS) else 2
+    elif problem.blocks.geometry.q_block % (2 * WARPGROUP_ROWS):
+        return 1
+    if not _narrow(problem):
+        return 2
+    if problem.option("self_loading", problem.option("kv_tile", 64) == 64):
+        return 1
+    return 3 if problem.blocks is None else 2
 
 
 def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
@@ -167,8 +177,7 @@ def _self_loading(problem: Problem, warpgroups: int) -> bool:
     With up to 128 numbers a head two do, which was measured 1.29 times faster than one and a producer.
     """
     wide = max(problem.qk_dim, problem.v_dim) > 128
-    persistent = problem.option("persistent", False)
-    return problem.blocks is not None and warpgroups == 1 and not wide and not persistent
+    return warpgroups == 1 and not wide and (problem.blocks is not None or _narrow(problem))
 
 
 def _workers(problem: Problem, self_loading: bool) -> int:

@@ -31,11 +31,13 @@ class Accumulation(NamedTuple):
         out: float32 [64, Dv], without the last step's product.
         p: probabilities of the last step, as operand.
         state: of the softmax.
+        ahead: what the score_mod reads for the keys of the next step, if `_reads_a_step_ahead`.
     """
 
     out: Any
     p: Any
     state: State
+    ahead: tuple[Any, ...] = ()
 
 
 class _Allowed(NamedTuple):
@@ -101,6 +103,16 @@ class Consumer:
     def _takes_turns(self) -> bool:
         return self.kernel.config.ping_pong and self.kernel.config.warpgroups > 1
 
+    @property
+    def _reads_a_step_ahead(self) -> bool:
+        """When to read what the score_mod reads for the keys (see keys_ahead.py).
+
+        Who waits for turns reads before that. Who does not would have to wait for what it reads: it reads for the
+        next step, once its scores have left their registers.
+        """
+        split = self.kernel.split_scores
+        return split is not None and split.ahead is not None and not self._takes_turns
+
     def run(self, cta: Any) -> None:
         if self._takes_turns:  # the first turn is the first warpgroup's
             last = self.kernel.config.warpgroups - 1
@@ -144,6 +156,8 @@ class Consumer:
         v_dim = buffers.value.shape[-1]
 
         first_key = steps.first_key(0)
+        slope = self._slope(position)
+        ahead, second_key = self._ahead(position, first_key), self._key_after(work, jnp.int32(0))
         allowed = self._allowed(position, first_key)
         if allowed is not None:  # the mask does not count in full blocks
             allowed = allowed.everything_if(steps.masked == 0)
@@ -155,9 +169,8 @@ class Consumer:
             self._loading.replace_first_keys(work, self._loading.following(work, 0))
         else:
             plgpu.barrier_arrive(buffers.key_free.at[stage])
-        slope = self._slope(position)
         if slope is None:
-            scores = self._scores(scores, position, first_key, masked=True)
+            scores = self._scores(scores, position, first_key, ahead, masked=True)
         scores = self._hide(scores, allowed, first_key)
         state = kernel.softmax.start(WARPGROUP_ROWS)
         if slope is None:
@@ -168,7 +181,8 @@ class Consumer:
                 scores, state, None, bias, kernel.scores.before, first=True
             )
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, v_dim), jnp.float32), TILE)
-        carry = Accumulation(zeros, p.astype(kernel.problem.q_dtype), state)
+        ahead = self._ahead(position, second_key) if self._reads_a_step_ahead else ()
+        carry = Accumulation(zeros, p.astype(kernel.problem.q_dtype), state, ahead)
 
         def step(masked: bool) -> Any:
             return lambda i, carry: self._step(work, slope, i, carry, masked)
@@ -205,13 +219,14 @@ class Consumer:
         previous = self._stage(work.begin + number - 1)
         loads = kernel.config.self_loading
         following = self._loading.following(work, number) if loads else None
+        next_key = self._key_after(work, number)
         plgpu.barrier_wait(buffers.key_full.at[stage])
         first_key = self._copies.first_key(work.steps, number, stage)
         if kernel.config.interpret:
             scores = self._raw_scores(stage)
             plgpu.barrier_wait(buffers.value_full.at[previous])
             out = self._add_product(carry.out, carry.p, previous)
-            scores = self._scores(scores, position, first_key, masked)
+            scores = self._scores(scores, position, first_key, (), masked)
             if masked:
                 scores = self._hide(scores, self._allowed(position, first_key), first_key)
             p, state, alpha = softmax.searching(scores, carry.state)
@@ -222,21 +237,22 @@ class Consumer:
                 softmax.rescaled(out, alpha), p.astype(kernel.problem.q_dtype), state
             )
 
+        early = masked and kernel.problem.mask_loads  # while the products are under way
+        # Which rows see a key is not known in words then: rows without a reference would start over every time.
+        bias = None if early else self._bias(slope, position, first_key)
+        ahead = carry.ahead if self._reads_a_step_ahead else self._ahead(position, first_key)
         if self._takes_turns:
             registers.wait_for_turn(self.warpgroup)
         scores, out = self._issue_products(carry, stage, previous)
         if self._takes_turns:
             neighbour = lax.rem(self.warpgroup + 1, jnp.int32(kernel.config.warpgroups))
             registers.give_turn_to(neighbour)
-        early = masked and kernel.problem.mask_loads  # while the products are under way
-        # Which rows see a key is not known in words then: rows without a reference would start over every time.
-        bias = None if early else self._bias(slope, position, first_key)
         allowed = self._allowed(position, first_key) if early else None
         scores = wgmma_sm90.awaited(scores, later=1)
         if not loads:
             plgpu.barrier_arrive(buffers.key_free.at[stage])
         if bias is None:
-            scores = self._scores(scores, position, first_key, masked)
+            scores = self._scores(scores, position, first_key, ahead, masked)
         if masked:
             allowed = allowed if early else self._allowed(position, first_key)
             scores = self._hide(scores, allowed, first_key)
@@ -249,9 +265,10 @@ class Consumer:
         # Ties them to what follows, which they do not depend on otherwise.
         p, state, alpha = lax.optimization_barrier(new)
         registers.keep_above_next_wait(state.total)
+        ahead = self._ahead(position, next_key) if self._reads_a_step_ahead else ()
         out = wgmma_sm90.awaited(out)
         self._values_read(work, number, following)
-        return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state)
+        return Accumulation(softmax.rescaled(out, alpha), softmax.as_operand(p), state, ahead)
 
     # -- stages ---------------------------------------------------------------------------------
 
@@ -315,14 +332,32 @@ class Consumer:
             interpret=kernel.config.interpret,
         )
 
-    def _scores(self, raw: Any, position: TilePosition, first_key: Any, masked: bool) -> Any:
-        """Modified scores of a tile, up to a factor, from the products Q K^T."""
-        graph, before = self.kernel.scores.graph, self.kernel.scores.before
+    def _key_after(self, work: Work, number: Any) -> Any:
+        """The first key of the step after a step, or of the last. Asked early, the lists have answered in time."""
+        if not self._reads_a_step_ahead:
+            return None
+        return work.steps.first_key(jnp.minimum(number + 1, work.steps.computed - 1))
+
+    def _ahead(self, position: TilePosition, first_key: Any) -> tuple[Any, ...]:
+        """What the score_mod reads for the keys of a tile."""
+        split = self.kernel.split_scores
+        if split is None or split.ahead is None:
+            return ()
+        tile = self._tile_inputs(None, position, first_key, self.kernel.has_masked_steps)
+        values = emit.evaluate_on_tile(split.ahead, self.inputs.score_captures, tile)
+        return tuple(x.value for x in values)
+
+    def _scores(
+        self, raw: Any, position: TilePosition, first_key: Any, ahead: Any, masked: bool
+    ) -> Any:
+        """Modified scores of a tile, up to a factor, from the products Q K^T and what `_ahead` read."""
+        split, before = self.kernel.split_scores, self.kernel.scores.before
         scores = raw if before == 1.0 else raw * before
-        if graph is None:
+        if split is None:
             return scores
         tile = self._tile_inputs(scores, position, first_key, masked)
-        return emit.on_tile(graph, self.inputs.score_captures, tile)[0]
+        tile = dataclasses.replace(tile, given=ahead)
+        return emit.on_tile(split.rest, self.inputs.score_captures, tile)[0]
 
     def _first_query(self, position: TilePosition) -> Any:
         return self.kernel.first_query(position, self.warpgroup)

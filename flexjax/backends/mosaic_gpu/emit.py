@@ -42,6 +42,7 @@ class TileInputs:
         q_limit, kv_limit: static numbers of queries and keys. Where a tile may stick out of them, because the size
             does not divide them, indices are clamped for loads: nothing is read out of bounds, and what is
             computed out there is to be discarded. A multiple of the size promises that no tile sticks out.
+        given: values of the graph's `given` nodes (see keys_ahead.py), float32 [kv_size] each.
         layout: layout of tiles; rows (one value a query) have `layout.reduce(1)`, columns
             `layout.reduce(0)`, and the other way round if transposed.
         transposed: whether the tile's first axis is that of the keys.
@@ -58,6 +59,7 @@ class TileInputs:
     kv_size: int
     q_limit: int
     kv_limit: int
+    given: tuple[jax.Array, ...] = ()
     layout: Any = plgpu.Layout.WGMMA
     transposed: bool = False
     approx_math: bool = False
@@ -171,6 +173,8 @@ def _arguments(
     if program.has_score:
         args.append(plgpu.layout_cast(inputs.score, inputs.layout))
         types.append(inputs.layout)
+    args += inputs.given
+    types += [inputs.type.layout_of(COLUMN)] * len(inputs.given)
     used = refs[: len(program.graph.captures)]
     return args, (*types, *(plgpu.RefType() for _ in used)), used
 

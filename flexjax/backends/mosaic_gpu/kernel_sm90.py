@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexjax.backends.mosaic_gpu import config as configs
+from flexjax.backends.mosaic_gpu import keys_ahead
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from flexjax.backends.mosaic_gpu.keys_ahead import Split
 from flexjax.backends.mosaic_gpu.launch_sm90 import barriers, tiles
 from flexjax.backends.mosaic_gpu.linear_bias import LinearBias, linear_bias
 from flexjax.backends.mosaic_gpu.schedule import Schedule, TilePosition
@@ -97,6 +99,14 @@ class Kernel:
         """How scores come from the products of queries and keys."""
         score = self.problem.score
         return simplify(None if score is None else score.forward, self.problem.scale)
+
+    @property
+    def split_scores(self) -> Split | None:
+        """The graph of `scores`, split into what is read ahead and the rest; None where there is no need of it."""
+        graph, config = self.scores.graph, self.config
+        if graph is None:
+            return None
+        return keys_ahead.split(graph, configs.values_ahead(self.problem, config))
 
     @property
     def bias(self) -> LinearBias | None:

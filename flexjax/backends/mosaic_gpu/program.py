@@ -66,7 +66,8 @@ class TileType:
 class Program:
     """What `plgpu.inline_mgpu` inlines: a value rather than a closure, so that equal kernels trace equally.
 
-    Called with the scalars that `scalars` names, the scores if the graph depends on them, and the captures.
+    Called with the scalars that `scalars` names, the scores if the graph depends on them, the values of the
+    `given` nodes (see keys_ahead.py), and the captures.
     """
 
     graph: Graph
@@ -82,6 +83,11 @@ class Program:
     def has_score(self) -> bool:
         return "score" in self._inputs
 
+    @property
+    def givens(self) -> int:
+        """How many values are given."""
+        return sum(node.op == "given" for node in self.graph.nodes)
+
     @functools.cached_property
     def _inputs(self) -> frozenset[str]:
         return self.graph.depends
@@ -94,7 +100,9 @@ class Program:
         }
         rest = args[len(scalars) :]
         score = rest[0] if self.has_score else None
-        return Run(self, scalars, score, rest[self.has_score :], on_demand)
+        rest = rest[self.has_score :]
+        given, refs = rest[: self.givens], rest[self.givens :]
+        return Run(self, scalars, score, given, refs, on_demand)
 
     def __call__(self, ctx: Any, *args: Any) -> list[mgpu.FragmentedArray]:
         del ctx
@@ -134,6 +142,7 @@ class Run:
         program: Program,
         scalars: dict[str, Lane],
         score: mgpu.FragmentedArray | None,
+        given: Sequence[mgpu.FragmentedArray],
         refs: Sequence[Any],
         on_demand: bool,
     ):
@@ -142,6 +151,7 @@ class Run:
         self.forms = Forms()
         self.scalars = scalars
         self.score = None if score is None else placement.unpack(score, F32)
+        self.given = [placement.unpack(x, F32) for x in given]
         layout, shape = self.tile.layout.to_mgpu(), self.tile.shape_of(TILE)
         places = [o for register in placement.static_offsets(layout, shape) for o in register]
         self.offsets: dict[str, list[Offsets]] = {SCALAR: [()], TILE: sorted(places)}
@@ -214,6 +224,8 @@ class Run:
                 return {(): lanes.const(value, tile_ops.carrier(node.dtype))}
             case "load":
                 return self._load(node)
+            case "given":
+                return dict(self.given[node["number"]])
             case _:
                 return self._elementwise(position, node)
 
@@ -275,7 +287,8 @@ class Run:
         return self._moved[key]
 
     def _elementwise(self, position: int, node: Node) -> dict[Offsets, Item]:
-        sources, emit = self._fused(node) or (node.args, self._plain(node))
+        fused = self._fused(node) or self._distance(node)
+        sources, emit = fused or (node.args, self._plain(node))
         known = self._ranges[position]
         made: dict[tuple[int, ...], Item] = {}
 
@@ -336,6 +349,26 @@ class Run:
             return lanes.call("fma", -x if negate_product else x, y, -z if negate_other else z)
 
         return (*operands[number].args, node.args[1 - number]), emit
+
+    def _distance(self, node: Node) -> tuple[Sequence[int], Emitter] | None:
+        """Computes the float32 of |x| as the size of the float32 of x, which the elements of a diagonal share.
+
+        The size itself costs nothing then where it is an operand.
+        """
+        if node.op != "convert" or node.dtype != F32:
+            return None
+        inner = self.graph.nodes[node.args[0]]
+        if inner.op != "abs" or inner.dtype != I32:
+            return None
+        size, convert = self._plain(inner), self._plain(node)
+
+        def emit(args: Sequence[Item]) -> Item:
+            real = self._exact(self.forms.as_real(self._form(args[0])))
+            if real is None:
+                return convert([size(args)])
+            return lanes.call("abs", self.forms.lane(real))
+
+        return inner.args, emit
 
     def _only_added(self, position: int, node: Node) -> bool:
         """Whether a product by key, of which a thread holds half as many as scores, serves this sum alone."""

@@ -119,8 +119,8 @@ class Schedule:
 
     @property
     def ctas(self) -> int:
-        needed = cdiv(self.tiles, self.config.workers)
-        return min(needed, self.config.cores) if self.config.persistent else needed
+        """As many as there are tiles, or multiprocessors: consumers stay idle before multiprocessors do."""
+        return min(self.tiles, self.config.cores) if self.config.persistent else self.tiles
 
     @property
     def overhang(self) -> bool:
@@ -203,7 +203,13 @@ class Schedule:
         if not lists:
             count = jnp.int32(self.kv_tiles)
             if not self.overhang:
-                return Steps(jnp.int32(0), count, lambda i: i * kv_tile)
+                last = self.kv_tiles - 1
+
+                def first(i: Any) -> Any:
+                    # Nothing loads what is behind the last, but Pallas looks at static numbers.
+                    return (min(i, last) if isinstance(i, int) else i) * kv_tile
+
+                return Steps(jnp.int32(0), count, first)
             # The step that reaches over the last key is the first one.
             last = jnp.int32(self.kv_tiles - 1)
             return Steps(jnp.int32(1), count, lambda i: jnp.where(i == 0, last, i - 1) * kv_tile)

@@ -6,7 +6,8 @@ The kernel computes p = 2^(after * g(before * x) - m) of the products x = Q K^T,
 
     scale * x + y = scale * (x + y / scale),
 
-the scale itself moves out. All of it is exact but for float32 rounding, and keeps infinities and NaN, since only
+the scale itself moves out. Where the score first meets a factor of a head, a query or a key, it moves into that,
+which is computed less often. All of it is exact but for float32 rounding, and keeps infinities and NaN, since only
 positive finite factors move.
 """
 
@@ -51,6 +52,7 @@ def simplify(graph: Graph | None, scale: float) -> Scores:
         moved = _with_scale_outside(scores)
         if moved is not None:
             return moved
+        return _with_scale_in_factor(scores)
     return scores
 
 
@@ -160,3 +162,35 @@ def _with_scale_outside(scores: Scores) -> Scores | None:
     nodes.append(dataclasses.replace(root, args=args))
     graph = Graph(tuple(nodes), (len(nodes) - 1,), graph.captures)
     return Scores(graph, 1.0, scores.before * scores.after)
+
+
+def _with_scale_in_factor(scores: Scores) -> Scores:
+    """Applies (scale * x) * y = x * (scale * y), if the score is used that way alone and y is not one a score."""
+    graph = scores.graph
+    assert graph is not None, "the identity has no factors left"
+    score = _score(graph)
+    users = [i for i in _live(graph) if score in graph.nodes[i].args]
+    if scores.before == 1.0 or len(users) != 1:
+        return scores
+    (user,) = users
+    node = graph.nodes[user]
+    others = [a for a in node.args if a != score]
+    if node.op != "mul" or node.dtype != F32 or len(others) != 1:
+        return scores
+    other = graph.nodes[others[0]]
+    if other.rank == TILE:
+        return scores
+    scale = Node("const", (), (("value", Literal.of(scores.before, F32)),), F32, frozenset())
+    scaled = Node("mul", (others[0], user), (), F32, other.depends)
+    product = dataclasses.replace(
+        node, args=tuple(user + 1 if a == others[0] else a for a in node.args)
+    )
+
+    def moved(position: int) -> int:
+        return position if position < user else position + 2
+
+    after = [
+        dataclasses.replace(n, args=tuple(map(moved, n.args))) for n in graph.nodes[user + 1 :]
+    ]
+    nodes = (*graph.nodes[:user], scale, scaled, product, *after)
+    return Scores(Graph(nodes, tuple(map(moved, graph.outputs)), graph.captures), 1.0, scores.after)

@@ -195,16 +195,16 @@ class _Step:
         results = [packed[0].type] * len(packed) + [ir.F32Type.get()] * 6
         branch = scf.IfOp(registers.any_in_warp(start_over), results, has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scf.yield_(self.anew())
+            scf.yield_(self.anew(_APART if shares_references(self.dtype) else 0.0))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_([*packed, *sums, *references, registers.f32(1.0), registers.f32(1.0)])
         return list(branch.results)
 
-    def anew(self) -> list[ir.Value]:
-        """The same after finding the maxima."""
+    def anew(self, above: float = 0.0) -> list[ir.Value]:
+        """The same after finding the maxima; references that are not the first come to lie so far above."""
         if self.linear is not None:
             return self._anew_with_bias(self.linear)
-        new = self._raised()
+        new = self._raised(above)
         finite = self._finite(new)
         alphas = [
             registers.exp2(arith.subf(old, m))
@@ -245,10 +245,22 @@ class _Step:
         close = arith.ori(close, _is_minus_infinity(relative))
         return arith.select(close, rounded, relative)
 
-    def _raised(self) -> list[ir.Value]:
-        """References that are not below what the rows' scores need."""
+    def _raised(self, above: float) -> list[ir.Value]:
+        """References that are not below what the rows' scores need.
+
+        A reference that has to be raised once will have to be again: scores may grow with every key, as under a
+        bias by distance. If it comes to lie above, it need not in each of the next steps.
+        """
         c = registers.f32(self.factor)
         tops = [arith.mulf(_top(self._elements(row)), c) for row in self.rows]
+        if above:
+            raised = []
+            for old, top in zip(self.references, tops, strict=True):
+                known = arith.cmpf(arith.CmpFPredicate.OGT, old, registers.f32(-np.inf))
+                higher = arith.cmpf(arith.CmpFPredicate.OGT, top, old)
+                more = arith.addf(top, registers.f32(above))
+                raised.append(arith.select(arith.andi(known, higher), more, top))
+            tops = raised
         return list(map(arith.maximumf, self.references, tops))
 
     def _raised_by_bias(
