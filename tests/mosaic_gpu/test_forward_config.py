@@ -24,23 +24,24 @@ def choose(dim, block=128, mask=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("dim", "block", "mask", "self_loading", "workers", "persistent"),
+    ("dim", "block", "mask", "self_loading", "workers", "persistent", "counted"),
     [
-        (64, 128, None, True, 4, True),
-        (64, 64, None, True, 4, True),
-        (64, 128, document, True, 4, True),
-        (128, 128, None, False, 1, True),
-        (32, 64, document, True, 4, True),
-        (128, 64, None, True, 2, True),
-        (128, 64, document, True, 1, False),
-        (256, 64, None, False, 1, True),
+        (64, 128, None, True, 4, True, False),
+        (64, 64, None, True, 4, True, False),
+        (64, 128, document, True, 4, True, False),
+        (128, 128, None, False, 1, True, True),
+        (128, 128, document, False, 1, True, True),
+        (32, 64, document, True, 4, True, False),
+        (128, 64, None, True, 2, True, False),
+        (128, 64, document, True, 1, False, False),
+        (256, 64, None, False, 1, True, True),
     ],
 )
-def test_kinds_of_kernels(dim, block, mask, self_loading, workers, persistent):
+def test_kinds_of_kernels(dim, block, mask, self_loading, workers, persistent, counted):
     """Narrow heads, or blocks of 64 queries: consumers load by themselves, four to a CTA, or two."""
     chosen = choose(dim, block, mask)
-    found = chosen.self_loading, chosen.workers, chosen.persistent
-    assert found == (self_loading, workers, persistent)
+    found = chosen.self_loading, chosen.workers, chosen.persistent, chosen.counted
+    assert found == (self_loading, workers, persistent, counted)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,26 @@ def test_few_tiles_go_to_different_multiprocessors():
     problem, _ = problem_of(query, query, query)
     assert Schedule(problem, config.choose(problem, cores=132)).ctas == 16
     assert Schedule(problem, config.choose(problem, cores=5)).ctas == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent": False}, {"counted": False}])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length"), [(2, 16, 16, 4096), (3, 14, 2, 1000), (1, 8, 1, 9000)]
+)
+def test_every_tile_is_somewhere(options, batch, heads, kv_heads, length):
+    """Sections of heads, whose keys and values are in the cache together, divide the tiles."""
+    query = jax.ShapeDtypeStruct((batch, heads, length, 128), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((batch, kv_heads, length, 128), jnp.bfloat16)
+    mask = create_block_mask(masks.causal(), None, None, length, length)
+    problem, _ = problem_of(query, key, key, block_mask=mask, options=options)
+    schedule = Schedule(problem, config.choose(problem))
+    position = schedule.position(jnp.arange(schedule.tiles, dtype=jnp.int32))
+    found = set(zip(*(np.asarray(x).tolist() for x in position), strict=True))
+    assert len(found) == schedule.tiles == batch * heads * schedule.q_tiles
+    dealt = options == {"counted": False}
+    assert schedule.section == (
+        batch * heads if dealt or length == 1000 else 4 if batch == 2 else 8
+    )
 
 
 def test_tiles_by_themselves():

@@ -44,6 +44,8 @@ class Config:
             share a multiprocessor, and one computes while another starts, waits or stores.
         workers: such consumers in a CTA. With one, CTAs share the multiprocessor, as many as the registers that
             the compiler likes to have allow; four of a persistent CTA make it do with a quarter of them.
+        counted: whoever has computed a tile of a persistent grid takes the next one from a counter, rather than
+            one that was dealt out in advance.
     """
 
     warpgroups: int
@@ -57,6 +59,7 @@ class Config:
     interpret: bool = False
     self_loading: bool = False
     workers: int = 1
+    counted: bool = False
 
     @property
     def q_tile(self) -> int:
@@ -75,6 +78,7 @@ OPTIONS = {
     "interpret": bool,
     "self_loading": bool,
     "workers": int,
+    "counted": bool,
 }
 
 
@@ -104,7 +108,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
 
 def values_ahead(problem: Problem, config: Config) -> int:
     """How many values by key there are registers for while the scores are being computed; see keys_ahead.py."""
-    if config.interpret or max(problem.qk_dim, problem.v_dim) > 128:
+    if config.interpret or not _medium(problem):
         return 0
     return 1
 
@@ -123,9 +127,7 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
         warpgroups=warpgroups,
         kv_tile=problem.option("kv_tile", _kv_tile(problem, warpgroups, self_loading)),
         stages=problem.option("stages", 4 if _narrow(problem) and workers == 1 else 2),
-        persistent=problem.option(
-            "persistent", workers > 1 if self_loading else _persistent(problem)
-        ),
+        persistent=problem.option("persistent", workers > 1 if self_loading else True),
         ping_pong=problem.option("ping_pong", True) and not interpret,
         trust_maximum=problem.option("trust_maximum", True),
         approx_math=problem.option("approx_math", True),
@@ -133,6 +135,9 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
         interpret=interpret,
         self_loading=self_loading,
         workers=workers,
+    )
+    config = dataclasses.replace(
+        config, counted=problem.option("counted", _counted(problem, self_loading))
     )
     # What does not fit gives up first the overlap of tiles, then a stage.
     fallbacks = [config]
@@ -147,6 +152,10 @@ def choose(problem: Problem, cores: int = CORES) -> Config:
 
 def _narrow(problem: Problem) -> bool:
     return max(problem.qk_dim, problem.v_dim) <= 64
+
+
+def _medium(problem: Problem) -> bool:
+    return max(problem.qk_dim, problem.v_dim) <= 128
 
 
 def _warpgroups(problem: Problem) -> int:
@@ -165,7 +174,7 @@ def _warpgroups(problem: Problem) -> int:
 
 def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
     """The widest tile that the registers hold and that divides the mask's blocks; narrow where CTAs share them."""
-    roomy = max(problem.qk_dim, problem.v_dim) <= 128 and warpgroups < 3 and not self_loading
+    roomy = _medium(problem) and warpgroups < 3 and not self_loading
     widest = 128 if roomy else 64
     block = widest if problem.blocks is None else problem.blocks.geometry.kv_block
     return next((n for n in KV_TILES if n <= widest and block % n == 0), KV_TILES[-1])
@@ -176,29 +185,30 @@ def _self_loading(problem: Problem, warpgroups: int) -> bool:
 
     With up to 128 numbers a head two do, which was measured 1.29 times faster than one and a producer.
     """
-    wide = max(problem.qk_dim, problem.v_dim) > 128
-    return warpgroups == 1 and not wide and (problem.blocks is not None or _narrow(problem))
+    return warpgroups == 1 and _medium(problem) and (problem.blocks is not None or _narrow(problem))
 
 
 def _workers(problem: Problem, self_loading: bool) -> int:
     """Consumers with tiles of their own in a CTA: as many as a multiprocessor has room for.
 
-    They walk over tiles that are dealt out in advance, which is to be good for the mask (see `_persistent`).
+    They walk over tiles that are dealt out in advance. Masks that read captured arrays, such as documents, make
+    rows of very uneven length. With heads wider than 64 the hardware's own scheduler, which gives a free
+    multiprocessor the next tile, then does better; but it leaves start and end of every tile uncovered.
     """
-    wide = max(problem.qk_dim, problem.v_dim) > 128
-    if not self_loading or wide or not problem.option("persistent", _persistent(problem)):
+    dealt = _narrow(problem) or (_medium(problem) and not problem.mask_loads)
+    if not self_loading or not problem.option("persistent", dealt):
         return 1
     return WORKERS if _narrow(problem) else WORKERS // 2
 
 
-def _persistent(problem: Problem) -> bool:
-    """Whether CTAs walk over many tiles.
+def _counted(problem: Problem, self_loading: bool) -> bool:
+    """Whether tiles are taken from a counter, where they may differ in length.
 
-    Masks that read captured arrays, such as documents, make rows of very uneven length. The hardware's own
-    scheduler, which gives a free multiprocessor the next tile, then does better than tiles that are dealt out in
-    advance; but it leaves start and end of every tile uncovered, which shows where heads are narrow.
+    A producer asks for them ahead of time. Of four consumers that load by themselves each computes so many tiles
+    that it gains nothing.
     """
-    return not problem.mask_loads or _narrow(problem)
+    interpret = problem.option("interpret", False)
+    return problem.blocks is not None and not self_loading and not interpret
 
 
 def _checked(problem: Problem, config: Config) -> Config:

@@ -41,6 +41,7 @@ from flexjax.backends.mosaic_gpu.consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
+from flexjax.backends.mosaic_gpu.next_column import next_column, uniform
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.problem import BLHD, Operands, Problem, Result
 
@@ -79,6 +80,7 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         value,
         counts_and_indices,
         *(tuple(map(capture, c)) for c in (score_captures, operands.mask_captures)),
+        (jax.new_ref(jnp.zeros((_COUNTERS,), jnp.int32)),) if schedule.counted else (),
     )
     stats = jax.ShapeDtypeStruct(
         (*problem.stats_shape()[:2], schedule.q_tiles * config.q_tile), jnp.float32
@@ -103,6 +105,9 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
     out = lax.slice_in_dim(result.out, 0, problem.q_len, axis=axis)[..., : problem.v_dim]
     lse, *max_scores = (x[..., : problem.q_len] for x in (result.lse, *result.max_scores))
     return Result(out, lse, max_scores[0] if max_scores else None)
+
+
+_COUNTERS = 128  # one counts; an odd number of zeros would be written one by one
 
 
 def _run(kernel: Kernel, inputs: Inputs, outputs: Outputs, buffers: Buffers) -> None:
@@ -137,12 +142,44 @@ class Producer:
     buffers: Buffers
 
     def run(self, cta: Any) -> None:
-        config = self.kernel.config
-        end = self.kernel.schedule.for_each_tile(cta, self._load_tile)
-        self._drain(end)
+        config, schedule = self.kernel.config, self.kernel.schedule
+        if schedule.counted:
+            self._drain(self._take_tiles(cta))
+            return
+        self._drain(schedule.for_each_tile(cta, self._load_tile))
         if config.persistent:
             for w in range(config.warpgroups):
                 plgpu.barrier_wait(self.buffers.query_free.at[w])
+
+    def _take_tiles(self, cta: Any) -> Any:
+        """Loads tiles as the counter gives them, and tells the consumers which they are."""
+        schedule, buffers = self.kernel.schedule, self.buffers
+        (tiles,), (taken,) = buffers.tile, self.inputs.taken
+        consumers = range(self.kernel.config.warpgroups)
+
+        def tell(tile: Any, begin: Any) -> None:
+            """Once the consumers have done with the queries before."""
+
+            @pl.when(begin > 0)
+            def _() -> None:
+                for w in consumers:
+                    plgpu.barrier_wait(buffers.query_free.at[w])
+
+            tiles[0] = tile
+
+        def take(state: Any) -> Any:
+            tile, begin = map(uniform, state)
+            tell(tile, begin)
+            end = self._load_tile(tile, begin)
+            # Asked for while the consumers are still at work.
+            return schedule.ctas + next_column(taken, 0, tiles), end
+
+        start = jnp.asarray(cta, jnp.int32), jnp.int32(0)
+        _, end = lax.while_loop(lambda state: state[0] < schedule.tiles, take, start)
+        tell(jnp.int32(-1), end)
+        for w in consumers:  # in place of copies
+            plgpu.barrier_arrive(buffers.query_full.at[w])
+        return end
 
     def _load_tile(self, tile: Any, begin: Any) -> Any:
         kernel, buffers, config = self.kernel, self.buffers, self.kernel.config
@@ -150,7 +187,7 @@ class Producer:
         position = kernel.schedule.position(tile)
         steps = kernel.schedule.steps(self.inputs.lists, position)
         for w in range(config.warpgroups):
-            if config.persistent:
+            if config.persistent and not kernel.schedule.counted:
                 pl.when(begin > 0)(lambda w=w: plgpu.barrier_wait(buffers.query_free.at[w]))
             copies.query(position, w)
 

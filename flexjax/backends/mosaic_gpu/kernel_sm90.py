@@ -22,7 +22,7 @@ from flexjax.problem import Problem
 
 
 class Inputs(NamedTuple):
-    """References to what the kernel reads."""
+    """References to what the kernel reads; `taken` is empty or a counter of tiles, which it writes."""
 
     query: Any
     key: Any
@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     lists: tuple[Any, ...]
     score_captures: tuple[Any, ...]
     mask_captures: tuple[Any, ...]
+    taken: tuple[Any, ...] = ()
 
 
 class Outputs(NamedTuple):
@@ -49,6 +50,7 @@ class Buffers(NamedTuple):
         out: [consumers, 64, Dv], or empty where the output takes the queries' place.
         probabilities: [consumers, 64, kv_tile] in the interpreter, or empty.
         kv_number: int32 [stages], which tile of keys a stage holds; empty without block lists.
+        tile: int32 [4], tiles that were taken from the counter; empty without one.
         query_full, query_free: one barrier a consumer.
         key_full, value_full, key_free, value_free: one barrier a stage.
 
@@ -61,6 +63,7 @@ class Buffers(NamedTuple):
     out: tuple[Any, ...]
     probabilities: tuple[Any, ...]
     kv_number: tuple[Any, ...]
+    tile: tuple[Any, ...]
     query_full: Any
     query_free: Any
     key_full: Any
@@ -133,6 +136,7 @@ class Kernel:
             out=(tiles(dtype, n, WARPGROUP_ROWS, v_dim),) if own_out else (),
             probabilities=(tiles(dtype, n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
             kv_number=(plgpu.SMEM((stages,), jnp.int32),) if self.problem.blocks else (),
+            tile=(plgpu.SMEM((4,), jnp.int32),) if self.schedule.counted else (),
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),

@@ -18,6 +18,10 @@ from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS, Config
 from flexjax.block_lists import cdiv
 from flexjax.problem import Problem
 
+# Of keys and values that are in use at a time. An H100's second-level cache has 50 MB, but in two halves, which
+# both hold what multiprocessors on both sides read.
+_CACHED_BYTES = 16 * 2**20
+
 
 def moved_inside(first: Any, length: int, size: int, padded: int) -> Any:
     """The first index of a tile, moved so that the tile begins within the length.
@@ -114,8 +118,33 @@ class Schedule:
         return blocks.geometry.cols * (blocks.geometry.kv_block // self.config.kv_tile)
 
     @property
+    def walkers(self) -> int:
+        """CTAs, or consumers with tiles of their own."""
+        return self.ctas * self.config.workers
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is anything left for a counter, when everybody has a first tile."""
+        return self.config.counted and self.config.persistent and self.tiles > self.walkers
+
+    @property
     def tiles(self) -> int:
         return self.problem.batch * self.problem.q_heads * self.q_tiles
+
+    @property
+    def section(self) -> int:
+        """How many query heads are computed side by side: a divisor of all, of all batch rows.
+
+        All of them, if tiles that may differ in length are dealt out in advance: a round of such tiles is to be
+        of the same queries.
+        """
+        p = self.problem
+        heads = p.batch * p.q_heads
+        if p.blocks is not None and self.config.persistent and not self.config.counted:
+            return heads
+        keys_and_values = p.kv_len * (p.qk_dim + p.v_dim) * p.q_dtype.itemsize
+        most = max(_CACHED_BYTES // keys_and_values, 1) * p.group
+        return max(n for n in range(1, min(most, heads) + 1) if heads % n == 0)
 
     @property
     def ctas(self) -> int:
@@ -156,7 +185,7 @@ class Schedule:
 
         A persistent grid is walked to and fro: who got the longest tile of a round gets the shortest of the next.
         """
-        walkers = self.ctas * self.config.workers
+        walkers = self.walkers
         rounds = cdiv(self.tiles, walkers)
 
         def tile(i: Any) -> Any:
@@ -169,12 +198,15 @@ class Schedule:
     def position(self, tile: Any) -> TilePosition:
         """Where a tile lies.
 
-        Heads vary fastest, so that a wave shares its keys; the last queries, with causal masks the most work,
-        come first.
+        A section of heads, whose keys and values the second-level cache holds, comes after the other. Within it
+        heads vary fastest, so that a wave shares its keys; the last queries, with causal masks the most work, come
+        first.
         """
-        p = self.problem
-        heads = jnp.int32(p.batch * p.q_heads)
-        bh, row = lax.rem(tile, heads), lax.div(tile, heads)
+        p, heads = self.problem, self.section
+        of_section = heads * self.q_tiles
+        first_head = lax.div(tile, jnp.int32(of_section)) * heads
+        tile = lax.rem(tile, jnp.int32(of_section))
+        bh, row = first_head + lax.rem(tile, jnp.int32(heads)), lax.div(tile, jnp.int32(heads))
         b, h = lax.div(bh, jnp.int32(p.q_heads)), lax.rem(bh, jnp.int32(p.q_heads))
         return TilePosition(b, h, self.q_tiles - 1 - row)
 
