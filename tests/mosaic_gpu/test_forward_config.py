@@ -80,9 +80,7 @@ def test_every_tile_is_somewhere(options, batch, heads, kv_heads, length):
     found = set(zip(*(np.asarray(x).tolist() for x in position), strict=True))
     assert len(found) == schedule.tiles == batch * heads * schedule.q_tiles
     dealt = options == {"counted": False}
-    assert schedule.section == (
-        batch * heads if dealt or length == 1000 else 4 if batch == 2 else 8
-    )
+    assert schedule.section == (batch * heads if dealt or length == 1000 else 8)
 
 
 def test_tiles_by_themselves():

@@ -321,6 +321,16 @@ OPTIONS = [
     Case("producer", score=scores.alibi(4), mask=masks.sliding_window(300), q_len=900, heads=4, batch=2,
          options={"self_loading": False}),
     Case("producer_documents", mask=document, q_len=1007, heads=12, batch=4, options={"self_loading": False}),
+    Case("counted_documents_d128", mask=document, q_len=1007, heads=12, batch=4, dim=128, score=relative),
+    Case("counted_empty_rows_d96", mask=some_empty_rows, q_len=1200, heads=6, kv_heads=2, batch=5, dim=96,
+         max_scores=True, layout="BLHD"),
+    Case("counted_d192", mask=causal, q_len=600, heads=8, batch=7, dim=192,
+         options={"persistent": True, "stages": 1}),
+    Case("counted_narrow", mask=document, q_len=1007, heads=24, batch=4, score=scores.alibi(24),
+         options={"counted": True}),
+    Case("counted_blocks_of_64", mask=document, block=(64, 64), q_len=1007, heads=24, batch=2, dim=128,
+         options={"persistent": True, "counted": True}),
+    Case("dealt_d128", mask=causal, q_len=1536, batch=3, heads=8, dim=128, options={"counted": False}),
     Case("producer_no_mask", q_len=333, kv_len=1003, batch=3, heads=40, options={"self_loading": False}),
 ]  # fmt: skip
 
