@@ -140,8 +140,8 @@ class _Backward:
                 )
             warn_about_fallback(reason)
             module = load(choice.portable)
-        return lambda *args: tuple(
-            jax.tree.leaves(_backward_with(module.backward, self.call, args))
+        return lambda *args: _local(
+            jax.tree.leaves(_backward_with(module.backward, self.call, args)), args
         )
 
 
@@ -173,7 +173,12 @@ def _backend_on(platform: str, call: Call) -> Any:
 
 
 def _forward_with(forward: Any, call: Call, *leaves: Any) -> tuple[Any, ...]:
-    return tuple(jax.tree.leaves(forward(call.problem, call.operands(leaves))))
+    return _local(jax.tree.leaves(forward(call.problem, call.operands(leaves))), leaves)
+
+
+def _local(results: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """Results of a shard's own, inside shard_map, if any argument is: kernels do not tell that of theirs."""
+    return tuple(_compat.like_varying(x, *args) for x in results)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""The softmax that starts over with a linear bias, as the machine code of one warpgroup interpreted with NumPy."""
+"""The softmax that starts over, as the machine code of one warpgroup interpreted with NumPy."""
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
@@ -13,16 +13,23 @@ ROW = plgpu.Layout.WGMMA.reduce(1).to_mgpu()
 FACTOR, SLOPE, CORNER = 0.18, 1.4427, 100
 
 
-def _started_over(scores, dtype, of_q, of_kv, references, totals, slope=SLOPE, corner=CORNER):
-    """(row sums, references, alphas) of rows that find their maxima; all have one reference and sum before."""
+def _started_over(
+    scores, dtype, of_q, of_kv, references, totals, slope=SLOPE, corner=CORNER, above=0.0
+):
+    """(row sums, references, alphas) of rows that find their maxima; all have one reference and sum before.
+
+    Without a bias if the slope is None.
+    """
 
     def program(ctx, corner, tile):
-        bias = trusting.Bias(None, None, of_q, of_kv)
-        linear = trusting._Linear.of(tile, bias, registers.f32(slope), corner.registers.item())
+        linear = None
+        if slope is not None:
+            bias = trusting.Bias(None, None, of_q, of_kv)
+            linear = trusting._Linear.of(tile, bias, registers.f32(slope), corner.registers.item())
         given = [[registers.f32(value)] * 2 for value in (references, totals)]
         rows = registers.registers_by_row(tile)
         step = trusting._Step(rows, *given, FACTOR, np.dtype(dtype), linear)
-        values = step.anew()
+        values = step.anew(above)
         assert values[0].type == ir.IntegerType.get_signless(32)
         sums = [trusting._whole(total) for total in values[-6:-4]]
         results = (sums, values[-4:-2], values[-2:])
@@ -96,3 +103,20 @@ def test_references_that_are_not_raised_stay_to_the_bit(slope):
     assert (references == np.float32(earlier)).all()
     assert (alphas == 1.0).all()
     assert (sums == 0.0).all()
+
+
+@pytest.mark.parametrize("before", [-np.inf, 3.0, 1e4])
+def test_raised_references_come_to_lie_above(before):
+    """Only those that were there and were too low."""
+    scores = 8 * np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    scores[5] = -np.inf
+    found = _started_over(scores, "bfloat16", 0, 0, before, 1.0, slope=None, above=64.0)
+    sums, references, alphas = found
+    tops = FACTOR * scores.astype(np.float64).max(axis=1)
+    expected = np.where(tops <= before, before, tops if before == -np.inf else tops + 64.0)
+    np.testing.assert_allclose(references, expected, rtol=1e-5)
+    finite = np.isfinite(tops)
+    np.testing.assert_allclose(alphas[finite], np.exp2(before - references[finite]), rtol=1e-4)
+    if before < 1e4:
+        total = references[finite] + np.log2(sums[finite])
+        np.testing.assert_allclose(total, _logsumexp(FACTOR * scores[finite]), atol=1e-3)

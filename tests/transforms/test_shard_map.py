@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from flexjax import create_block_mask, flex_attention, masks
 from tests.transforms.reference import FLOATS, assert_close, dense, flex, operands, scalar
 
 P = PartitionSpec
@@ -111,3 +112,30 @@ def test_automatic_partitioning(split):
     grads = jax.jit(jax.value_and_grad(scalar(flex), FLOATS))
     actual = grads(*placed(args, SPLITS[split][0], m))
     assert_close(actual, jax.value_and_grad(scalar(dense), FLOATS)(*args))
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_lower_for_gpus(kind, dim):
+    """Kernels do not say that their results differ between shards; gradients of shared arrays are added up."""
+    m = mesh(kind)
+
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(m, spec))
+
+    x, slopes = array((4, 2, 2048, dim), jnp.bfloat16, P("data")), array((2,), jnp.float32, P())
+    block_mask = create_block_mask(masks.causal(), None, None, 2048, 2048)
+
+    def attend(query, key, value, slopes):
+        score_mod = lambda s, b, h, q, k: s + slopes[h] * (k - q)
+        options = {"score_mod": score_mod, "block_mask": block_mask, "backend": "mosaic_gpu"}
+        return flex_attention(query, key, value, **options)
+
+    specs = (P("data"), P("data"), P("data"), P())
+    function = jax.shard_map(attend, mesh=m, in_specs=specs, out_specs=P("data"))
+    grads = jax.jit(jax.grad(scalar(function), (0, 1, 2, 3)))
+    with jax.set_mesh(m):
+        lowered = grads.trace(x, x, x, slopes).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("mosaic_gpu") >= 2
+    assert "all_reduce" in text
