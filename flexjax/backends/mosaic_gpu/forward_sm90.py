@@ -17,7 +17,11 @@ there are, softmax.py how P is computed.
 
 Blocks of 64 queries leave work for one consumer only. It then issues the copies itself (self_loading_sm90.py), and
 needs so few registers and so little shared memory that several share a multiprocessor: one computes while
-another starts, waits for keys or stores, which is what rows of few blocks are made of.
+another starts, waits for keys or stores, which is what rows of few blocks are made of. With narrow heads that is
+faster whatever the blocks.
+
+A persistent producer takes tiles from a counter, and tells the consumers which they are when their queries have
+come: it stands in shared memory once all consumers have done with the queries before, and -1 after the last one.
 
 Every barrier completion is awaited by everyone who uses the barrier, the last ones in `_drain`. A tile without
 steps computes one step on some block and drops the result by selection.
