@@ -30,7 +30,7 @@ class Copy:
 
     def tbs(self, ms: float) -> float:
         """TB/s read and written."""
-        return round(2 * self.array.nbytes / ms / 1e9, 4)
+        return round(2 * self.array.nbytes / ms / 1e9, 6)
 
 
 def copy(quick: bool) -> Copy:

@@ -125,7 +125,7 @@ def measure(group: Group, peers: dict[str, Any], plan: Plan) -> list[Row]:
     moved = {key: step.bytes for key, (step, _) in prepared.items()}
 
     def figures(key: str, ms: float) -> Row:
-        return {"tbs": copied.tbs(ms) if key == COPY else round(moved[key] / ms / 1e9, 4)}
+        return {"tbs": copied.tbs(ms) if key == COPY else round(moved[key] / ms / 1e9, 6)}
 
     add_times(rows, contenders, plan, figures)
     add_share(rows.values(), rows[COPY])

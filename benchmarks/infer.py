@@ -199,7 +199,7 @@ def measure(
     size = cache_bytes(config, context, batch) + weights
 
     def figures(ms: float) -> dict[str, Any]:
-        return {"tokens_s": round(1e3 * batch / ms, 1), "tbs": round(size / ms / 1e9, 4)}
+        return {"tokens_s": round(1e3 * batch / ms, 1), "tbs": round(size / ms / 1e9, 6)}
 
     return contest(
         models.keys(config, "decode", batch, 1, context, step_mb=round(size / 1e6, 3)),

@@ -68,7 +68,9 @@ def test_suites_of_models(suite, tmp_path):
         assert run.main([suite, *options, *(["--only", "decode"] if suite == "infer" else [])]) == 0
     row, *copies = records.read(list(tmp_path.iterdir()))
     assert [r["peer"] for r in copies] == (["copy"] if suite == "infer" else [])
-    assert all(row["of_copy"] == pytest.approx(row["tbs"] / r["tbs"], rel=1e-3) for r in copies)
+    assert all(
+        row["of_copy"] == pytest.approx(row["tbs"] / r["tbs"], rel=1e-3, abs=1e-4) for r in copies
+    )
     assert (row["suite"], row["peer"], row["config"]["layers"]) == (suite, "flexjax", 1)
     assert 0 < row["error"] < 0.1
     assert row["tokens_s"] > 0
