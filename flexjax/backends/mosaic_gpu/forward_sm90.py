@@ -83,7 +83,8 @@ def forward(problem: Problem, operands: Operands, config: Config) -> Result:
         key,
         value,
         counts_and_indices,
-        *(tuple(map(capture, c)) for c in (score_captures, operands.mask_captures)),
+        tuple(map(capture, score_captures)),
+        tuple(map(capture, operands.mask_captures)),
         (jax.new_ref(jnp.zeros((_COUNTERS,), jnp.int32)),) if schedule.counted else (),
     )
     stats = jax.ShapeDtypeStruct(
