@@ -102,6 +102,7 @@ def test_more_buffers_than_fit():
         ({"workers": 4, "persistent": False}, "workers=4, self_loading=True and persistent=False"),
         ({"workers": 4, "stages": 4}, "327680 bytes of shared memory"),
         ({"self_loading": True, "warpgroups": 2}, "options ask for 2 warpgroups"),
+        ({"counted": True}, "Ask for self_loading=False"),
     ],
 )
 def test_refused(options, words):

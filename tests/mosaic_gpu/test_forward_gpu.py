@@ -326,10 +326,6 @@ OPTIONS = [
          max_scores=True, layout="BLHD"),
     Case("counted_d192", mask=causal, q_len=600, heads=8, batch=7, dim=192,
          options={"persistent": True, "stages": 1}),
-    Case("counted_narrow", mask=document, q_len=1007, heads=24, batch=4, score=scores.alibi(24),
-         options={"counted": True}),
-    Case("counted_blocks_of_64", mask=document, block=(64, 64), q_len=1007, heads=24, batch=2, dim=128,
-         options={"persistent": True, "counted": True}),
     Case("dealt_d128", mask=causal, q_len=1536, batch=3, heads=8, dim=128, options={"counted": False}),
     Case("producer_no_mask", q_len=333, kv_len=1003, batch=3, heads=40, options={"self_loading": False}),
 ]  # fmt: skip

@@ -18,9 +18,9 @@ from flexjax.backends.mosaic_gpu.backward_copies_sm90 import Copies
 from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.backward_schedule import Column, Steps
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
+from flexjax.backends.mosaic_gpu.counter import uniform
 from flexjax.backends.mosaic_gpu.dq_rounder_sm90 import DqRounder, count_column
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows, unknown_zero
-from flexjax.backends.mosaic_gpu.next_column import uniform
 from flexjax.backends.mosaic_gpu.registers import ROW
 from flexjax.backends.mosaic_gpu.tile_gradients import Cotangents, Place
 

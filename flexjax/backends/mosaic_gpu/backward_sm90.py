@@ -57,10 +57,10 @@ from flexjax.backends.mosaic_gpu.backward_kernel_sm90 import Buffers, Inputs, Ke
 from flexjax.backends.mosaic_gpu.backward_schedule import Column, ColumnSchedule
 from flexjax.backends.mosaic_gpu.backward_wide_sm90 import WideConsumer
 from flexjax.backends.mosaic_gpu.capture_gradients import ELEMENTS, KEYS, QUERIES
+from flexjax.backends.mosaic_gpu.counter import take_next, uniform
 from flexjax.backends.mosaic_gpu.dq_adder_sm90 import DqAdder
 from flexjax.backends.mosaic_gpu.dq_rounder_sm90 import DqRounder
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
-from flexjax.backends.mosaic_gpu.next_column import next_column, uniform
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.backends.mosaic_gpu.softmax import LOG2_E
 from flexjax.problem import BLHD, Gradients, Operands, Problem, Result, heads_first
@@ -366,7 +366,7 @@ class Producer:
             # Asked for while the consumers are still at work.
             return following(), end, turn + 1
 
-        following = functools.partial(next_column, self.inputs.dq[0], self.kernel.taken, number)
+        following = functools.partial(take_next, self.inputs.dq[0], self.kernel.taken, number)
         start = following(), jnp.int32(0), jnp.int32(0)
         _, end, turn = lax.while_loop(lambda state: state[0] < schedule.columns, take, start)
         pl.when(turn > 0)(lambda: plgpu.barrier_wait(free))

@@ -44,8 +44,8 @@ class Config:
             share a multiprocessor, and one computes while another starts, waits or stores.
         workers: such consumers in a CTA. With one, CTAs share the multiprocessor, as many as the registers that
             the compiler likes to have allow; four of a persistent CTA make it do with a quarter of them.
-        counted: whoever has computed a tile of a persistent grid takes the next one from a counter, rather than
-            one that was dealt out in advance.
+        counted: the producer of a persistent grid takes tiles from a counter, rather than those that were dealt
+            out in advance.
     """
 
     warpgroups: int
@@ -167,9 +167,7 @@ def _warpgroups(problem: Problem) -> int:
         return 1
     if not _narrow(problem):
         return 2
-    if problem.option("self_loading", problem.option("kv_tile", 64) == 64):
-        return 1
-    return 3 if problem.blocks is None else 2
+    return 1 if problem.option("self_loading", problem.option("kv_tile", 64) == 64) else 2
 
 
 def _kv_tile(problem: Problem, warpgroups: int, self_loading: bool) -> int:
@@ -204,8 +202,8 @@ def _workers(problem: Problem, self_loading: bool) -> int:
 def _counted(problem: Problem, self_loading: bool) -> bool:
     """Whether tiles are taken from a counter, where they may differ in length.
 
-    A producer asks for them ahead of time. Of four consumers that load by themselves each computes so many tiles
-    that it gains nothing.
+    A producer asks for them ahead of time. Four consumers that load by themselves did so, too, in a trial, which
+    was slower.
     """
     interpret = problem.option("interpret", False)
     return problem.blocks is not None and not self_loading and not interpret
@@ -228,6 +226,11 @@ def _checked(problem: Problem, config: Config) -> Config:
             f"A CTA has at most {WORKERS} consumers with tiles of their own, which load by themselves and walk "
             f"over many tiles, but kernel options ask for workers={config.workers}, "
             f"self_loading={config.self_loading} and persistent={config.persistent}."
+        )
+    if config.counted and config.self_loading:
+        raise NotImplementedError(
+            "A producer takes tiles from a counter, but kernel options ask for counted=True with consumers that "
+            "load by themselves. Ask for self_loading=False as well."
         )
     if config.kv_tile not in KV_TILES:
         raise NotImplementedError(

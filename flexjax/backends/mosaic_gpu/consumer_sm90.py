@@ -14,9 +14,9 @@ from jax import lax
 from flexjax.backends.mosaic_gpu import emit, products_sm90, registers, wgmma_sm90
 from flexjax.backends.mosaic_gpu.config import WARPGROUP_ROWS
 from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
+from flexjax.backends.mosaic_gpu.counter import uniform
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import rows
-from flexjax.backends.mosaic_gpu.next_column import answer, ask, uniform
 from flexjax.backends.mosaic_gpu.registers import TILE
 from flexjax.backends.mosaic_gpu.schedule import TilePosition, Work
 from flexjax.backends.mosaic_gpu.self_loading_sm90 import Following, SelfLoading, Start
@@ -106,7 +106,7 @@ class Consumer:
 
     @property
     def _reads_a_step_ahead(self) -> bool:
-        """When to read what the score_mod reads for the keys (see keys_ahead.py).
+        """Whether what the score_mod reads for the keys (see keys_ahead.py) is read in the step before.
 
         Who waits for turns reads before that. Who does not would have to wait for what it reads: it reads for the
         next step, once its scores have left their registers.
@@ -143,31 +143,6 @@ class Consumer:
 
         lax.while_loop(lambda state: state[0] >= 0, visit, (following(), jnp.int32(0)))
 
-    def _load_and_take(self, cta: Any) -> None:
-        """Computes tiles as the counter gives them. The next one is asked for when a tile begins."""
-        schedule, loading = self.kernel.schedule, self._loading
-        (tiles,), (taken,) = self.buffers.tile, self.inputs.taken
-
-        def start(tile: Any, begin: Any) -> Start:
-            # Behind the last tile stands any other, which is not wanted.
-            inside = jnp.minimum(tile, schedule.tiles - 1)
-            return loading.start_of(self._work(inside, begin), tile < schedule.tiles)
-
-        def visit(state: Any) -> Any:
-            tile, begin = map(uniform, state)
-            asked, following = ask(taken), []
-
-            def start_next(end: Any) -> Start:
-                following.append(schedule.walkers + answer(asked, tiles, self.warpgroup))
-                return start(following[0], end)
-
-            end = self._tile(self._work(tile, begin), start_next)
-            return following[0], end
-
-        first = jnp.asarray(self.warpgroup * schedule.ctas + cta, jnp.int32)
-        loading.load(start(first, jnp.int32(0)))
-        lax.while_loop(lambda state: state[0] < schedule.tiles, visit, (first, jnp.int32(0)))
-
     def _load_and_walk(self, cta: Any) -> None:
         """Computes tiles, and loads each one's first steps when the one before it has no more of its own."""
         schedule, loading = self.kernel.schedule, self._loading
@@ -175,9 +150,6 @@ class Consumer:
             work = self._work(cta, jnp.int32(0))
             loading.load(loading.start_of(work))
             self._tile(work)
-            return
-        if schedule.counted:
-            self._load_and_take(cta)
             return
         walk = schedule.walk(self.warpgroup * schedule.ctas + cta)
 
@@ -207,7 +179,7 @@ class Consumer:
         allowed = self._allowed(position, first_key)
         if allowed is not None:  # the mask does not count in full blocks
             allowed = allowed.everything_if(steps.masked == 0)
-        if kernel.config.self_loading or not kernel.schedule.counted:
+        if not kernel.schedule.counted:  # else the number of the tile came with the queries
             plgpu.barrier_wait(buffers.query_full.at[self.warpgroup])
         stage = self._stage(begin)
         plgpu.barrier_wait(buffers.key_full.at[stage])

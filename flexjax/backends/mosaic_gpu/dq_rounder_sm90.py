@@ -15,7 +15,7 @@ then.
 Nobody waits for ever: columns do not wait for rounding, and whoever runs takes them all, so that nobody has to
 start for others to go on.
 
-Counters lie behind the sums, in the same array of zeros: how many columns have been taken (next_column.py), and
+Counters lie behind the sums, in the same array of zeros: how many columns have been taken (counter.py), and
 for every head of keys, or share of one, how many warps have counted.
 """
 

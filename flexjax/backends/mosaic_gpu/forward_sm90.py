@@ -43,9 +43,9 @@ from flexjax.backends.mosaic_gpu import config as configs
 from flexjax.backends.mosaic_gpu.config import Config
 from flexjax.backends.mosaic_gpu.consumer_sm90 import Consumer
 from flexjax.backends.mosaic_gpu.copies_sm90 import Copies
+from flexjax.backends.mosaic_gpu.counter import take_next, uniform
 from flexjax.backends.mosaic_gpu.kernel_sm90 import Buffers, Inputs, Kernel, Outputs
 from flexjax.backends.mosaic_gpu.launch_sm90 import addressable, capture, launch
-from flexjax.backends.mosaic_gpu.next_column import next_column, uniform
 from flexjax.backends.mosaic_gpu.schedule import Schedule
 from flexjax.problem import BLHD, Operands, Problem, Result
 
@@ -177,7 +177,7 @@ class Producer:
             tell(tile, begin)
             end = self._load_tile(tile, begin)
             # Asked for while the consumers are still at work.
-            return schedule.ctas + next_column(taken, 0, tiles), end
+            return schedule.ctas + take_next(taken, 0, tiles), end
 
         start = jnp.asarray(cta, jnp.int32), jnp.int32(0)
         _, end = lax.while_loop(lambda state: state[0] < schedule.tiles, take, start)

@@ -50,7 +50,7 @@ class Buffers(NamedTuple):
         out: [consumers, 64, Dv], or empty where the output takes the queries' place.
         probabilities: [consumers, 64, kv_tile] in the interpreter, or empty.
         kv_number: int32 [stages], which tile of keys a stage holds; empty without block lists.
-        tile: int32 [4], tiles that were taken from the counter; empty without one.
+        tile: int32 [2], the tile that was taken from the counter, and a place to take it to; empty without one.
         query_full, query_free: one barrier a consumer.
         key_full, value_full, key_free, value_free: one barrier a stage.
 
@@ -136,7 +136,7 @@ class Kernel:
             out=(tiles(dtype, n, WARPGROUP_ROWS, v_dim),) if own_out else (),
             probabilities=(tiles(dtype, n, WARPGROUP_ROWS, kv_tile),) if config.interpret else (),
             kv_number=(plgpu.SMEM((stages,), jnp.int32),) if self.problem.blocks else (),
-            tile=(plgpu.SMEM((4,), jnp.int32),) if self.schedule.counted else (),
+            tile=(plgpu.SMEM((2,), jnp.int32),) if self.schedule.counted else (),
             query_full=barriers(n),
             query_free=barriers(n),
             key_full=barriers(stages),

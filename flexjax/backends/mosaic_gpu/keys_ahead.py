@@ -12,6 +12,7 @@ import functools
 
 import numpy as np
 
+from flexjax.backends.mosaic_gpu.simplify import live
 from flexjax.mods.graph import COLUMN, TILE, Graph, Node
 
 F32 = np.dtype("float32")
@@ -33,9 +34,8 @@ class Split:
 @functools.cache
 def split(graph: Graph, most: int) -> Split:
     """Splits off up to `most` values by key that are read from captured arrays."""
-    live = _live(graph)
     reading = _reading_keys(graph)
-    used = {a for i in live for a in graph.nodes[i].args if graph.nodes[i].rank == TILE}
+    used = {a for i in live(graph) for a in graph.nodes[i].args if graph.nodes[i].rank == TILE}
     used.update(graph.outputs)
     chosen = [
         i
@@ -49,14 +49,6 @@ def split(graph: Graph, most: int) -> Split:
         nodes[i] = Node("given", (), (("number", number),), F32, nodes[i].depends)
     rest = dataclasses.replace(graph, nodes=tuple(nodes))
     return Split(dataclasses.replace(graph, outputs=tuple(chosen)), rest)
-
-
-def _live(graph: Graph) -> set[int]:
-    live = set(graph.outputs)
-    for i in reversed(range(len(graph.nodes))):
-        if i in live:
-            live.update(graph.nodes[i].args)
-    return live
 
 
 def _reading_keys(graph: Graph) -> set[int]:

@@ -98,7 +98,8 @@ def _score(graph: Graph) -> int | None:
     )
 
 
-def _live(graph: Graph) -> list[int]:
+def live(graph: Graph) -> list[int]:
+    """Positions of the nodes that the outputs need, in order."""
     live = set(graph.outputs)
     for i in reversed(range(len(graph.nodes))):
         if i in live:
@@ -110,7 +111,7 @@ def _without_factor_on_the_way_in(graph: Graph) -> tuple[Graph, float]:
     score = _score(graph)
     if score is None or score in graph.outputs:
         return graph, 1.0
-    users = [i for i in _live(graph) if score in graph.nodes[i].args]
+    users = [i for i in live(graph) if score in graph.nodes[i].args]
     found = {_factor(graph, graph.nodes[i]) for i in users}
     factor = found.pop() if len(found) == 1 else None
     if factor is None or factor[0] != score:
@@ -134,7 +135,7 @@ def _with_scale_outside(scores: Scores) -> Scores | None:
     if score == output:
         return Scores(None, 1.0, scores.before * scores.after)
     root = graph.nodes[output]
-    users = [i for i in _live(graph) if score in graph.nodes[i].args]
+    users = [i for i in live(graph) if score in graph.nodes[i].args]
     if root.op not in ("add", "sub") or root.dtype != F32 or users != [output]:
         return None
     if root.args.count(score) != 1 or (root.op == "sub" and root.args[1] == score):
@@ -169,7 +170,7 @@ def _with_scale_in_factor(scores: Scores) -> Scores:
     graph = scores.graph
     assert graph is not None, "the identity has no factors left"
     score = _score(graph)
-    users = [i for i in _live(graph) if score in graph.nodes[i].args]
+    users = [i for i in live(graph) if score in graph.nodes[i].args]
     if scores.before == 1.0 or len(users) != 1:
         return scores
     (user,) = users

@@ -11,13 +11,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, nvvm
 
 from flexjax.backends.mosaic_gpu.registers import WARPGROUP
 
 
-def next_column(sums: Any, taken: int, cells: Any) -> Any:
-    """The number of the next column, for all threads of a warpgroup.
+def take_next(sums: Any, taken: int, cells: Any) -> Any:
+    """The number of the next column or tile, for all threads of a warpgroup.
 
     Args:
         sums: reference to the array behind whose first numbers the counter lies.
@@ -48,50 +48,6 @@ def next_column(sums: Any, taken: int, cells: Any) -> Any:
 
     emit(sums, cells)
     return cells[1]
-
-
-def ask(counter: Any) -> Any:
-    """Takes the next number from a counter, but does not wait for it; see `answer`."""
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
-    def emit(_: Any, counter: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-        thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, WARPGROUP))
-        before = llvm.inline_asm(
-            i32,
-            [thread, mgpu.utils.memref_ptr(counter)],
-            "{ .reg .pred first; setp.eq.u32 first, $1, 0; mov.u32 $0, 0; "
-            "@first atom.relaxed.gpu.global.add.u32 $0, [$2], 1; }",
-            "=&r,r,l",
-            asm_dialect=0,
-            has_side_effects=True,
-        )
-        return mgpu.FragmentedArray.splat(before, (), is_signed=True)
-
-    return emit(counter)
-
-
-def answer(asked: Any, cells: Any, place: Any) -> Any:
-    """What `ask` took, for all threads of a warpgroup, by way of a cell of shared memory, int32."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT, plgpu.RefType()))
-    def emit(_: Any, asked: Any, place: Any, cells: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        thread = arith.remui(mgpu.utils.thread_idx(), arith.constant(i32, WARPGROUP))
-        cell = arith.extui(ir.IntegerType.get_signless(64), place.registers.item())
-        mgpu.utils.inline_ptx(
-            "{ .reg .pred first; setp.eq.u32 first, $0, 0; @first st.shared.u32 [$1], $2; }",
-            thread,
-            mgpu.utils.getelementptr(mgpu.utils.memref_ptr(cells), [cell], i32),
-            asked.registers.item(),
-            has_side_effects=True,
-        )
-        mgpu.utils.warpgroup_barrier()
-
-    place = jnp.asarray(place, jnp.int32)
-    emit(asked, place, cells)
-    return uniform(cells[place])
 
 
 def uniform(x: Any) -> Any:
