@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
         import jax.numpy as jnp
 
         return (jnp.asarray(ids)[q_idx] == jnp.asarray(ids)[kv_idx]) & (q_idx >= kv_idx)
+
+    def checkered(b, h, q_idx, kv_idx):
+        return ((q_idx // 100 + kv_idx // 95) % 2 == 0) | (q_idx == kv_idx)
 
     def relative(score, b, h, q_idx, kv_idx):
         return score + (q_idx - kv_idx)
@@ -69,6 +73,7 @@ def _mods(name: str, q_len: int, heads: int) -> tuple[Any, Any]:
         "bias": lambda: (bias, None),
         "vectors": lambda: (vectors, causal),
         "window": lambda: (None, masks.sliding_window(1024)),
+        "checkered": lambda: (None, checkered),
     }[name]()
 
 
@@ -88,6 +93,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "causal_d192_128": ("causal", {"dim": 192, "v_dim": 128}),
     "blocks_of_64_d128": ("causal", {"dim": 128, "block": 64}),
     "blocks_of_64_d64": ("document", {"dim": 64, "block": 64}),
+    "checkered_d64": ("checkered", {"dim": 64}),
 }
 
 # The same for the backward pass.
@@ -189,7 +195,16 @@ def compile_variant(name: str, dump: Path) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "matrix_instructions": len(re.findall(r"wgmma\.mma_async", code)),
+        "added_halves": _added_halves(code),
     }
+
+
+def _added_halves(code: str) -> int:
+    """How many upper halves of products are added to several values; see `lanes.quotient`."""
+    halves = set(re.findall(r"mul\.hi\.[us]32\s+(%r\d+),", code))
+    sums = re.findall(r"\b(?:add|sub)\.[us]32\s+%r\d+, (%r\d+), (%r\d+);", code)
+    terms = Counter(term for pair in sums for term in pair)
+    return sum(terms[half] > 1 for half in halves)
 
 
 def _block_mask(name: str) -> tuple[Any, tuple[Any, ...]]:

@@ -160,13 +160,20 @@ def _of_lanes(values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
     return values[np.arange(THREADS) // 32 * 32 + lanes]
 
 
+def _upper_half(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    product = x.view(np.uint32).astype(np.uint64) * y.view(np.uint32).astype(np.uint64)
+    return (product >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
 _ASM = {
     "shfl.sync.idx.b32": _of_lanes,
     "cos.approx.f32": _in_double(np.cos),
     "div.full.f32": _in_double(np.divide),
     "ex2.approx.ftz.f32": _in_double(np.exp2),
     "lg2.approx.ftz.f32": _in_double(np.log2),
+    "mov.b32": lambda x: x,
     "mov.f32": lambda x: x,
+    "mul.hi.u32": _upper_half,
     "rcp.approx.f32": _in_double(np.reciprocal),
     "rcp.approx.ftz.f32": _in_double(np.reciprocal),
     "rsqrt.approx.f32": _in_double(lambda x: 1 / np.sqrt(x)),

@@ -115,6 +115,7 @@ def test_machine_code(compiled, group, name):
     assert result["registers"], "no kernel was compiled"
     assert result["matrix_instructions"] > 0
     assert result["serialized"] == []
+    assert result["added_halves"] == 0, "ptxas 13.0 takes such sums for one another"
     options = GROUPS[group][name][1]
     assert result["temporary_bytes"] <= _temporary_bytes_allowed(group, options)
     assert result["spilled"] <= SPILL_BUDGETS.get(name, 0)

@@ -153,7 +153,8 @@ class _Sums:
             for i in range(wide):
                 place = first + i * WARPGROUP
                 inside = lanes.minimum(place, vectors - 1)
-                row, column = lanes.div(inside, in_row), lanes.rem(inside, in_row) * _VECTOR
+                row = lanes.quotient(inside, in_row, natural=True)
+                column = lanes.remainder(inside, in_row, natural=True) * _VECTOR
                 spots.append((row, column))
                 there.append(
                     (place < vectors) & (self.share.first_row + row < self.plan.rows.count)
@@ -221,7 +222,7 @@ class _Sums:
         share, q_len = self.share, self.plan.problem.q_len
         target, *stats = self.targets
         row = share.first_row + row
-        exists = lanes.rem(row, q_len) >= share.hidden
+        exists = lanes.remainder(row, q_len, natural=True) >= share.hidden
         empty = lanes.compare("eq", total, 0.0)
         inverse = lanes.select(empty, 0.0, lanes.div(lanes.const(1.0, F32), total))
         scaled = arith.mulf(out, vector.broadcast(out.type, inverse.ir))

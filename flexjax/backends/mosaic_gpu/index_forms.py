@@ -14,7 +14,7 @@ import dataclasses
 import math
 
 from flexjax.backends.mosaic_gpu import lanes
-from flexjax.backends.mosaic_gpu.lanes import F32, I32, U32, Lane
+from flexjax.backends.mosaic_gpu.lanes import F32, I32, Lane
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class Forms:
         """The quotient of a form that is not negative and that `by` divides."""
         key = (x.terms, by)
         if key not in self._quotients:
-            lane = lanes.cast(lanes.div(lanes.cast(self.lane(x), U32), by), I32)
+            lane = lanes.quotient(self.lane(x), by, natural=True)
             bound = self.bound(x)
             assert bound is not None, "divided() knows a bound"
             self._quotients[key] = self.base(

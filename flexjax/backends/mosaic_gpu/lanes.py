@@ -114,6 +114,45 @@ def rem(x: Lane, y: Any) -> Lane:
     return _binary(x, y, None, arith.remui if x.dtype == U32 else arith.remsi)
 
 
+def quotient(x: Lane, divisor: int, natural: bool) -> Lane:
+    """An integer divided by a constant that is neither 0 nor -1, truncated; `natural`: x is in [0, 2**31).
+
+    ptxas 13.0 and 13.1 take hi(x m) + a and hi(x m) + b, each of which is one instruction, for the same where
+    they stand close together: `q // 100 + k // 95`, masked by it, showed one query of a thread what another one
+    sees. LLVM divides by the upper half of a product alone where it knows x to be small. So it is not told
+    what x is, and what is known not to be negative is divided by an upper half and a shift, always.
+    """
+    size = abs(divisor)
+    if natural and size < 2**31:
+        whole = cast(x, U32)
+        if size & (size - 1):
+            # With n = 2**(32 + shift), m = floor(n / size) + 1 times size is n + e, e <= size < 2**(shift + 1):
+            # exact for all x below n / e > 2**31 (Granlund and Montgomery 1994).
+            shift = size.bit_length() - 1
+            factor = const(2 ** (32 + shift) // size + 1, U32)
+            result = shift_right(call("upper_half", whole, factor, dtype=U32), shift)
+        else:
+            result = shift_right(whole, size.bit_length() - 1)
+        result = cast(result, x.dtype)
+        return -result if divisor < 0 else result
+    return div(_unknown(x, size), divisor)
+
+
+def remainder(x: Lane, divisor: int, natural: bool) -> Lane:
+    """What `quotient` leaves, of the sign of x."""
+    size = abs(divisor)
+    if natural and size < 2**31:
+        if size & (size - 1):
+            return x - quotient(x, size, natural) * size
+        return x & (size - 1)
+    return rem(_unknown(x, size), divisor)
+
+
+def _unknown(x: Lane, divisor: int) -> Lane:
+    """The value, of which LLVM knows nothing; as it was for a power of two, which takes no product."""
+    return call("unknown", x, dtype=x.dtype) if divisor & (divisor - 1) else x
+
+
 def maximum(x: Lane, y: Any) -> Lane:
     if x.dtype == BOOL:
         return x | y
@@ -255,6 +294,9 @@ FUNCTIONS: dict[str, Emit] = {name: getattr(mlir_math, name) for name in _LIBDEV
     "tanh.approx": _ptx("tanh.approx.f32"),
     # Unlike LLVM's shift, this one is 0 for all amounts from 32 on.
     "shl": _asm(lambda: _integer(32), "=r,r,r", "shl.b32 $0, $1, $2;"),
+    # Of a product of two uint32.
+    "upper_half": _asm(lambda: _integer(32), "=r,r,r", "mul.hi.u32 $0, $1, $2;"),
+    "unknown": _asm(lambda: _integer(32), "=r,r", "mov.b32 $0, $1;"),
     # Of an int32 below 2**24. LLVM must not see it: it would turn to_float(i) + 8.0 into to_float(i + 8).
     "exact_float": _asm(_f32, "=f,r", "cvt.rn.f32.s32 $0, $1;"),
     # These saturate and take NaN to 0, as XLA does; LLVM's own conversions leave such inputs undefined.

@@ -315,6 +315,7 @@ class Run:
             tuple(n["value"].value if n.op == "const" else None for n in nodes),
             tuple(n.rank != node.rank for n in nodes),
             self.tile.approx,
+            self._natural(node.args[0]),
         )
 
         def emit(args: Sequence[Item]) -> Item:
@@ -324,6 +325,11 @@ class Run:
             return tile_ops.apply(node.op, operands, node.dtype, *map(self._lane, args))
 
         return emit
+
+    def _natural(self, position: int) -> bool:
+        """Whether a node is an int32 that is known not to be negative."""
+        known = self._ranges[position]
+        return known is not None and known[0] >= 0
 
     def _fused(self, node: Node) -> tuple[Sequence[int], Emitter] | None:
         """Computes x y + z and its kin in one instruction, if the node is one of these.

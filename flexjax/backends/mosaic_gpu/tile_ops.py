@@ -51,6 +51,7 @@ class Operands:
         constants: values of operands that are constants of the graph, else None.
         shared: for every operand, whether it serves many lanes of the result.
         approx: use the special function unit's approximations, good to 10 bits or better.
+        natural: whether the first operand is an int32 that is known not to be negative.
     """
 
     params: dict[str, Any]
@@ -58,6 +59,7 @@ class Operands:
     constants: tuple[Any, ...]
     shared: tuple[bool, ...]
     approx: bool
+    natural: bool
 
     @property
     def bits(self) -> int:
@@ -173,10 +175,8 @@ def _has_reciprocal(value: float, approx: bool) -> bool:
     return inside and (approx or abs(mantissa) == 0.5)
 
 
-def _safe_divisor(o: Operands, x: Lane, y: Lane) -> tuple[Lane, Lane | None]:
-    """A divisor that the hardware divides by, and where the true one is 0 (None: nowhere)."""
-    if o.constants[1] is not None and int(o.constants[1]) not in (0, -1):
-        return y, None
+def _safe_divisor(x: Lane, y: Lane) -> tuple[Lane, Lane]:
+    """A divisor that the hardware divides by, and where the true one is 0."""
     zero = lanes.compare("eq", y, 0)
     unsafe = zero
     if (
@@ -186,19 +186,30 @@ def _safe_divisor(o: Operands, x: Lane, y: Lane) -> tuple[Lane, Lane | None]:
     return select(unsafe, 1, y), zero
 
 
+def _static_divisor(o: Operands) -> int | None:
+    """A divisor that is a constant of the graph, if the hardware divides by it."""
+    divisor = o.constants[1]
+    return None if divisor is None or int(divisor) in (0, -1) else int(divisor)
+
+
 def _integer_div(o: Operands, x: Lane, y: Lane) -> Lane:
-    divisor, zero = _safe_divisor(o, x, y)
+    static = _static_divisor(o)
+    if static is not None:
+        return lanes.quotient(x, static, o.natural)
+    divisor, zero = _safe_divisor(x, y)
     quotient = lanes.div(x, divisor)
-    return quotient if zero is None else select(zero, -1, quotient)
+    return select(zero, -1, quotient)
 
 
 @_op("rem")
 def _rem(o: Operands, x: Lane, y: Lane) -> Lane:
     if x.dtype == F32:
         return _float_rem(x, y)
-    divisor, zero = _safe_divisor(o, x, y)
-    rest = lanes.rem(x, divisor)
-    return rest if zero is None else select(zero, x, rest)
+    static = _static_divisor(o)
+    if static is not None:
+        return lanes.remainder(x, static, o.natural)
+    divisor, zero = _safe_divisor(x, y)
+    return select(zero, x, lanes.rem(x, divisor))
 
 
 def _float_rem(x: Lane, y: Lane) -> Lane:
