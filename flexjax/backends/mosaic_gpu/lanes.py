@@ -117,10 +117,9 @@ def rem(x: Lane, y: Any) -> Lane:
 def quotient(x: Lane, divisor: int, natural: bool) -> Lane:
     """An integer divided by a constant that is neither 0 nor -1, truncated; `natural`: x is in [0, 2**31).
 
-    ptxas 13.0 and 13.1 take hi(x m) + a and hi(x m) + b, each of which is one instruction, for the same where
-    they stand close together: `q // 100 + k // 95`, masked by it, showed one query of a thread what another one
-    sees. LLVM divides by the upper half of a product alone where it knows x to be small. So it is not told
-    what x is, and what is known not to be negative is divided by an upper half and a shift, always.
+    The upper half of a product without a shift must not come out, which LLVM makes of a dividend that it knows to
+    be small. ptxas adds to such a half in the same instruction, and 13.0 and 13.1 take two of these that differ in
+    what is added for one: of `q // 100 + k // 95` a thread had the same for both of its queries.
     """
     size = abs(divisor)
     if natural and size < 2**31:
