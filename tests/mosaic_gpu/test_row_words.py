@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from flexjax import masks
-from flexjax.backends.mosaic_gpu import emit, lanes, placement
 from flexjax.backends.mosaic_gpu.program import Program, TileType
 from flexjax.backends.mosaic_gpu.row_words import RowWords
 from flexjax.mods.evaluate import evaluate
-from flexjax.mods.graph import TILE
 from flexjax.mods.trace import index_ranges, trace_mask_mod
+from tests.mosaic_gpu.mask_elements import mask_elements
 from tests.mosaic_gpu.mlir_numpy import run_program
 
 LENGTH, HEADS = 1024, 2
@@ -71,21 +70,6 @@ MASKS = {
 }  # fmt: skip
 
 
-def _elements(program, ctx, *args):
-    """What `emit.emit_mask` allows, element by element."""
-    allowed, words = emit.emit_mask(program, ctx, *args)
-    layout, shape = program.tile.layout.to_mgpu(), program.tile.shape_of(TILE)
-    elements = placement.unpack(allowed, lanes.BOOL)
-    of_row = placement.unpack(words, lanes.U32)
-    columns = sorted({column for _, column in elements})
-
-    def value(offsets):
-        word = lanes.shift_right(of_row[offsets[:1]], columns.index(offsets[1]))
-        return elements[offsets] & lanes.compare("ne", word & 1, 0)
-
-    return [placement.pack(value, layout, shape, lanes.BOOL)]
-
-
 @pytest.mark.parametrize("kv_tile", [64, 128])
 @pytest.mark.parametrize("name", MASKS)
 def test_words(name, kv_tile):
@@ -97,7 +81,7 @@ def test_words(name, kv_tile):
     for q_start, kv_start in ((256, 256), (320, 256), (512, 384), (64, 128)):
         values = {"b": 1, "h": 1, "q_start": q_start, "kv_start": kv_start}
         arguments = [values[n] for n in program.scalars]
-        run = functools.partial(_elements, program)
+        run = functools.partial(mask_elements, program)
         (found,) = run_program(run, arguments, None, [np.asarray(c) for c in captures])
         q, kv = q_start + np.arange(64), kv_start + np.arange(kv_tile)
         indices = {"b": np.int32(1), "h": np.int32(1)}
