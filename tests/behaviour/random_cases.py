@@ -6,6 +6,7 @@ parts meet that nobody thought of together.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,12 @@ import numpy as np
 from tests.behaviour.harness import Case
 
 Function = Callable[..., Any]
+
+
+def seeds(count: int) -> range:
+    """Those that FLEXJAX_RANDOM=1000:1500 asks for, or the first few."""
+    first, end = os.environ.get("FLEXJAX_RANDOM", f"0:{count}").split(":")
+    return range(int(first), int(end))
 
 
 @dataclasses.dataclass

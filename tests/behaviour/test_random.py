@@ -6,19 +6,13 @@ A few in CI. On a GPU, as many as there is time for, also side by side:
         bash scripts/test -n 12 tests/behaviour/test_random.py
 """
 
-import os
-
 import pytest
 
 from tests.behaviour.harness import check
-from tests.behaviour.random_cases import random_case
-
-FIRST, END = map(int, os.environ.get("FLEXJAX_RANDOM", "0:6").split(":"))
+from tests.behaviour.random_cases import random_case, seeds
 
 
-@pytest.mark.parametrize("seed", range(FIRST, END))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_random_attention(seed, backend):
     """Outputs, statistics and gradients; those of captured arrays, whose terms may cancel, roughly."""
-    if backend == "reference":
-        pytest.skip("the oracle is built on it")
     check(random_case(seed, kernels=backend == "mosaic_gpu"), backend, captures=0.2)

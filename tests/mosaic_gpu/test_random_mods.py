@@ -4,7 +4,6 @@ FLEXJAX_RANDOM=1000:2000 takes other seeds than CI does.
 """
 
 import functools
-import os
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
@@ -14,11 +13,11 @@ from flexjax.backends.mosaic_gpu.program import Program, TileType
 from flexjax.mods.evaluate import evaluate
 from flexjax.mods.graph import COLUMN, ROW, TILE
 from flexjax.mods.trace import index_ranges, trace_mask_mod, trace_score_mod
-from tests.behaviour.random_cases import Maker
+from tests.behaviour.random_cases import Maker, seeds
 from tests.mosaic_gpu.mask_elements import mask_elements
 from tests.mosaic_gpu.mlir_numpy import run_program
 
-FIRST, END = map(int, os.environ.get("FLEXJAX_RANDOM", "0:30").split(":"))
+SEEDS = seeds(30)
 
 
 class Place:
@@ -81,7 +80,7 @@ class Place:
         return np.broadcast_to(value, self.tile.shape_of(TILE))[inside]
 
 
-@pytest.mark.parametrize("seed", range(FIRST, END))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_masks(seed):
     """By words where there are any, by elements elsewhere."""
     place = Place(seed)
@@ -92,7 +91,7 @@ def test_masks(seed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("seed", range(FIRST, END))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_scores(seed, transposed):
     """The score and its derivative, on tiles of both passes."""
     place = Place(seed, transposed)
